@@ -1,0 +1,90 @@
+"""How good a model is on a text: loss, perplexity per token and per word, bits per byte. Knows nothing of training."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm_trainer.batches import open_tokens, prepare_tokens
+from llm_trainer.config import DataConfig
+from llm_trainer.data import open_mix
+from llm_trainer.device import choose_device
+from llm_trainer.errors import DataError, UsageError
+from llm_trainer.tokenizer import Tokenizer
+from llm_trainer.trainer import evaluate, token_lengths
+from llm_trainer.weights import load_model
+from llm_trainer.workspace import Workspace
+
+
+def strided(tokens: np.ndarray, context: int, stride: int, batch_size: int) -> Iterator:
+    """Batches (x, y) that predict each token but the first exactly once, every window `stride` tokens after the last.
+
+    A window sees `context` tokens and is asked for the last `stride` of them (the first window for all), so a smaller
+    stride gives each token more to go by. With stride = context these are the windows of training."""
+    rows, end = [], 0
+    for start in range(0, len(tokens) - 1, stride):
+        piece = np.full(context + 1, -100, np.int64)
+        piece[:len(found)] = (found := tokens[start:start + context + 1])
+        y = piece[1:].copy()
+        y[:end - start] = -100  # predicted by the windows before
+        rows.append((np.maximum(piece[:-1], 0), y))
+        end = min(start + context, len(tokens) - 1)
+        if len(rows) == batch_size or end == len(tokens) - 1:
+            yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows))
+            rows = []
+        if end == len(tokens) - 1: return
+
+
+def words(tokens: np.ndarray, tokenizer: Tokenizer, block: int = 1 << 16) -> int:
+    "How many words, divided by white space, the text of `tokens` has"
+    spelt, count, rest = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], 0, b""
+    spelt[tokenizer.eot_id] = b"\n"  # a border between words, no word itself
+    for start in range(0, len(tokens), block):
+        text = rest + b"".join(spelt[i] for i in tokens[start:start + block])
+        whole = text.split()
+        rest = whole.pop() if whole and not text[-1:].isspace() else b""
+        count += len(whole)
+    return count + bool(rest)
+
+
+def measure(
+    folder: Path,  # a checkpoint, or another Hugging Face folder
+    space: Workspace,
+    meta: dict,  # the run's record, for the text it was validated on; empty where there is no run
+    data: str | None = None,  # another corpus; all of it is read
+    stride: int | None = None,
+    device: str = "auto",
+    batch_size: int = 8,
+    notify: Callable[[str], None] = print,
+) -> dict:
+    "The figures of one model on one text, and what they were taken with"
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    context = model.config.seq_len
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UsageError(f"--stride goes from 1 to the model's context of {context}, not {stride}.")
+    if data is not None:
+        corpora = [corpus for corpus, _ in open_mix(DataConfig(dataset=data), space.data, notify)]
+        caches = [prepare_tokens(corpus, tokenizer, space.data, notify) for corpus in corpora]
+        texts = [np.concatenate([c.train, c.val[1:]]) for c in caches]  # without the second one's leading <|endoftext|>
+        name, split = data, "all"
+    elif meta.get("data"):
+        if tokenizer.hash != meta.get("tokenizer_hash"):
+            raise UsageError("The checkpoint's tokenizer is not the one its run was trained with.\n"
+                             f"See what else is damaged: llm-trainer verify {meta.get('run_id')}")
+        texts = [open_tokens(space.data / cache).val for cache in meta["data"]["caches"]]
+        name, split = meta.get("config", {}).get("data", {}).get("dataset"), "validation"
+    else: raise UsageError(f"{folder} comes without a validation text. Name one: --data FILE.txt")
+    if not any(len(t) > 1 for t in texts): raise DataError(f"{name} has no text to measure on.")
+    where = torch.device(choose_device(device, space.device)[0])
+    batches = (batch for text in texts for batch in strided(text, context, stride, batch_size))
+    found = evaluate(model.to(where), batches, token_lengths(tokenizer), where)
+    n_words = sum(words(text, tokenizer) for text in texts)
+    return {"data": str(name), "split": split, "loss": found["loss"], "perplexity": found["perplexity"],
+            "word_perplexity": math.exp(min(700, found["nats"] / max(1, n_words))),
+            "bits_per_byte": found["bits_per_byte"], "tokens": found["tokens"], "words": n_words,
+            "bytes": found["bytes"], "context": context, "stride": stride,
+            "device": where.type, "tokenizer_hash": tokenizer.hash, "checkpoint": str(folder)}

@@ -1,0 +1,55 @@
+"""Text for a terminal: cleaning what came from data, and short forms of numbers. Knows nothing of runs."""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_SEQUENCE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|\x1b[ -/]*[0-~]?")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(text: str, keep: str = "\n\t") -> str:
+    "`text` without escape sequences, control bytes, direction overrides and lone surrogates; `keep`: the rest of \\n\\t"
+    text = _CONTROL.sub("", _SEQUENCE.sub("", str(text)))
+    for char in "\n\t":
+        if char not in keep: text = text.replace(char, " ")
+    return text
+
+
+def sparkline(values: Sequence[float | None], width: int = 12) -> str:
+    "A line of `width` bars that shows how `values` went; empty for fewer than two"
+    points = [v for v in values if v is not None]
+    if len(points) < 2: return ""
+    if len(points) > width: points = [points[i * len(points) // width] for i in range(width - 1)] + [points[-1]]
+    low, high = min(points), max(points)
+    return "".join("▁▂▃▄▅▆▇█"[int((v - low) / ((high - low) or 1) * 7)] for v in points)
+
+
+def duration(seconds: float | None) -> str:
+    "`3725` → `1h02m`; a dash when it is not known"
+    if seconds is None: return "–"
+    seconds = int(seconds)
+    if seconds < 60: return f"{seconds}s"
+    if seconds < 3600: return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400: return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def count(n: float | None) -> str:
+    "`1234567` → `1.23M`"
+    if n is None: return "–"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size: return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}" if isinstance(n, float) else str(n)
+
+
+def size(n: float | None) -> str:
+    "`1234567` → `1.2 MB`"
+    if n is None: return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000: return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

@@ -1,0 +1,324 @@
+"""Reads run folders for the screens: plain classes that poll files, usable with no UI. All text they give is clean."""
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from llm_trainer.records import log_line, open_regular, parse
+from llm_trainer.runs import Run, is_run
+from llm_trainer.terminal import clean
+from llm_trainer.tui.glyphs import LIVE, STATES, line
+from llm_trainer.tui.series import TRAIN, VAL, Clock, Series
+from llm_trainer.workspace import Workspace
+
+PROBES = 200  # how many finished runs are looked at again per poll
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """What the screens show of one run; equal rows look the same, so they need no repaint."""
+    id: str
+    status: str = "unreadable"
+    phase: str = ""
+    created: float = 0.0
+    age: str = ""
+    epoch: float | None = None
+    epochs: float | None = None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    best: float | None = None
+    rate: float | None = None
+    eta: float | None = None
+    elapsed: float | None = None
+    tokens: float | None = None
+    memory: float | None = None
+    checkpoint: int | None = None
+    attempt: int | None = None
+    pid: int | None = None
+    device: str = ""
+    device_name: str = ""
+    dataset: str = ""
+    note: str = ""
+    parameters: float | None = None
+    reason: str = ""
+    code: str = ""
+    history: tuple[float, ...] = ()
+    doing: str = ""
+
+    @property
+    def live(self) -> bool: return self.status in LIVE
+
+    @property
+    def word(self) -> str: return (self.phase or "running") if self.status == "running" else self.status
+
+    @property
+    def sign(self) -> str: return STATES[self.status][0]
+
+    @property
+    def color(self) -> str: return STATES[self.status][1]
+
+    @property
+    def fraction(self) -> float | None:
+        if self.status == "completed": return 1.0
+        return None if not self.steps or self.step is None else min(1.0, self.step / self.steps)
+
+    @property
+    def command(self) -> str:
+        "What to type next about this run"
+        verb = {"running": "status", "stalled": "logs", "queued": "status", "completed": "generate",
+                "unreadable": "status", "diverged": "logs"}.get(self.status, "resume")
+        return f"llm-trainer {verb} {self.id}" + (' --prompt "The "' if verb == "generate" else "")
+
+
+def _number(value: Any) -> float | None:
+    "A finite number, or None for anything else a damaged file may hold"
+    if isinstance(value, bool) or not isinstance(value, int | float): return None
+    return value if abs(value) < 1e300 and value == value else None
+
+
+def _whole(value: Any) -> int | None:
+    value = _number(value)
+    return None if value is None else int(value)
+
+
+def seconds(value: Any) -> float:
+    "A time as seconds since 1970, from a number or an ISO text; 0 where it is neither"
+    if _number(value) is not None: return float(value)
+    try: return datetime.fromisoformat(str(value).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError, OSError): return 0.0
+
+
+def age(since: float, now: float) -> str:
+    "How long ago, in one unit"
+    gone = max(0.0, now - since)
+    if not since: return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if gone >= size: return f"{int(gone // size)}{unit}"
+    return "now"
+
+
+def _dict(value: Any) -> dict: return value if isinstance(value, dict) else {}
+
+
+def dataset_of(meta: dict) -> str:
+    "The name of what a run was trained on"
+    data = _dict(_dict(_dict(meta.get("config")).get("data")) or _dict(meta.get("config"))).get("dataset", "")
+    if isinstance(data, list): data = " + ".join(str(_dict(part).get("name", "?")) for part in data)
+    return line(os.path.basename(str(data).rstrip("/")) or data, 40)
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    "The settings in force by name, as far as the files tell them; their values as they were stored"
+    try: config = run.config()
+    except Exception: return {}  # a damaged meta.json or attempts.jsonl
+    return {str(name): value for group in config.values() if isinstance(group, dict) for name, value in group.items()}
+
+
+def row_of(run: Run, now: float) -> RunRow:
+    "Read one run; whatever is wrong with its folder ends up in the row, never as an exception"
+    name = line(run.id, 64)
+    try: state, meta, note = run.status(wall=now), run.meta, run.notes()
+    except Exception as problem:  # a viewer outlives any folder
+        return RunRow(name, reason=line(f"{type(problem).__name__}: {problem}", 300), code="unreadable")
+    status = state["status"] if state["status"] in STATES else "unreadable"
+    reason, device = _dict(state.get("reason")), _dict(meta.get("device"))
+    if state["stored_status"] is None: reason = {"code": "unreadable", "message": "state.json is missing or damaged"}
+    if status == "queued" and state["waiting_for"]:
+        reason = {"message": f"waits for {', '.join(map(str, state['waiting_for'][:3]))}"}
+    created = seconds(state["created_at"] or meta.get("created_at"))
+    kind = state.get("device") or device.get("type") or ""
+    points = state["loss_history"]
+    return RunRow(
+        name, status, line(state.get("phase"), 12), created, age(created, now),
+        _number(state.get("epoch")), _number(state.get("epochs")), _whole(state.get("step")), _whole(state.get("steps")),
+        _number(state.get("loss")), _number(state.get("val_loss")), _number(state.get("best_val_loss")),
+        _number(state.get("tokens_per_second")), _number(state.get("eta_seconds")) if status in LIVE else None,
+        _number(state.get("elapsed_seconds")), _number(state.get("tokens")), _number(state.get("memory_bytes")),
+        _whole(state.get("checkpoint_step")), _whole(state.get("attempt")), _whole(state.get("pid")),
+        line(kind, 12), line(device.get("name"), 40), dataset_of(meta), line(note, 80),
+        _number(meta.get("parameters")), line(reason.get("message"), 400), line(reason.get("code"), 30),
+        tuple(p for p in map(_number, points[-60:]) if p is not None), _doing(state["progress"]) if status in LIVE else "")
+
+
+def _doing(progress: dict | None) -> str:
+    "How far a phase before the first step is: `reading documents: 1,200 of 6,270`"
+    done, total = (_number(_dict(progress).get(key)) for key in ("done", "total"))
+    if done is None: return ""
+    return f"{line(progress.get('what'), 40)}: {done:,.0f}" + (f" of {total:,.0f}" if total else "")
+
+
+class Overview:
+    """All runs of a workspace. A live run is read at every poll, a finished one when its state file changed."""
+
+    def __init__(self, workspace: Workspace, clock: Callable[[], float]):
+        self.workspace, self.clock = workspace, clock
+        self.rows: dict[str, RunRow] = {}
+        self._seen: dict[str, tuple] = {}
+        self._next = 0
+
+    def poll(self) -> list[RunRow]:
+        "The rows of all runs, newest first; raises OSError when the folder of runs can't be read"
+        runs, now = self._list(), self.clock()
+        finished = [run.id for run in runs if run.id in self.rows and not self.rows[run.id].live]
+        again = set(finished)
+        if len(finished) > PROBES:
+            again = {finished[(self._next + i) % len(finished)] for i in range(PROBES)}
+            self._next = (self._next + PROBES) % len(finished)
+        for gone in self.rows.keys() - {run.id for run in runs}: del self.rows[gone]; self._seen.pop(gone, None)
+        for run in runs:
+            row = self.rows.get(run.id)
+            if row and not row.live and run.id not in again: continue
+            mark = self._mark(run)
+            if row and not row.live and row.status != "unreadable" and mark == self._seen.get(run.id):
+                fresh = age(row.created, now)
+                if fresh != row.age: self.rows[run.id] = replace(row, age=fresh)
+                continue
+            self._seen[run.id], self.rows[run.id] = mark, row_of(run, now)
+        return sorted(self.rows.values(), key=lambda row: (-row.created, row.id))
+
+    def _list(self) -> list[Run]:
+        runs = self.workspace.runs
+        try: names = os.listdir(runs)
+        except FileNotFoundError: return []
+        return [Run(runs / name) for name in names if name in self.rows or is_run(runs / name)]
+
+    @staticmethod
+    def _mark(run: Run) -> tuple:
+        try:
+            found = os.stat(run.folder / "state.json")
+            return found.st_mtime_ns, found.st_size, found.st_ino
+        except OSError: return ()
+
+
+class Tail:
+    """New whole lines of a growing file; starts near its end, and at its start again when it was cut."""
+
+    def __init__(self, path: Path, start: int = 65536, most: int = 262144):
+        self.path, self.start, self.most = path, start, most
+        self.place: int | None = None
+        self.rest = b""
+
+    def poll(self) -> list[bytes]:
+        try:
+            with open_regular(self.path) as file:
+                size = file.seek(0, os.SEEK_END)
+                if self.place is None and size > self.start:
+                    file.seek(size - self.start)
+                    self.place = size - self.start + len(file.readline(self.start))
+                if self.place is None or size < self.place: self.place, self.rest = 0, b""
+                file.seek(self.place)
+                data = file.read(self.most)
+        except OSError: return []
+        self.place += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if len(self.rest) > self.most: self.rest = b""
+        return lines
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text the model wrote while training."""
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """One saved step."""
+    step: int
+    pins: tuple[str, ...] = ()
+    val_loss: float | None = None
+    bytes: int | None = None
+    saved: str = ""
+    verified: str = ""
+
+
+@dataclass
+class RunNews:
+    """What a poll found: the run as it is now and what was added since the last poll."""
+    row: RunRow
+    samples: list[Sample] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    checkpoints: tuple[CheckpointRow, ...] = ()
+    gone: bool = False
+
+
+class Curves:
+    """The metrics of one run as two series, fed by its follower."""
+
+    def __init__(self, run: Run, limit: int = 100_000):
+        self.train, self.val, self.lock = Series(TRAIN, limit), Series(VAL, limit), threading.Lock()
+        self._follower, self._clock = run.follow(), Clock()
+
+    @property
+    def version(self) -> int: return self.train.version + self.val.version
+
+    def poll(self) -> bool:
+        "Take in the new rows; False when there were none"
+        before, until = self.version, time.monotonic() + 1
+        while rows := self._follower.poll():
+            with self.lock:
+                for row in rows: self.add(row)
+            if time.monotonic() > until: break
+        return self.version != before
+
+    def add(self, row: dict[str, Any]) -> None:
+        series = {"train": self.train, "val": self.val}.get(row.get("kind"))
+        if series is not None: series.append({**row, "time": self._clock(row)})
+
+
+class RunReader:
+    """One run, followed: state, curves, samples, log and checkpoints."""
+
+    def __init__(self, run: Run, workspace: Workspace, clock: Callable[[], float]):
+        self.run, self.clock, self.folder = run, clock, workspace.checkpoints / run.id
+        self.curves = Curves(run)
+        self._samples, self._log = Tail(run.folder / "samples.jsonl", 1 << 20), Tail(run.folder / "train.log")
+        self._sizes: dict[int, int] = {}
+        self._known = RunRow(line(run.id, 64))
+
+    def poll(self) -> RunNews:
+        "What is new; of a run that is gone, the last that could be read of it"
+        if not self.run.folder.is_dir(): return RunNews(self._known, gone=True)
+        self.curves.poll()
+        row = row_of(self.run, self.clock())
+        if row.code != "unreadable": self._known = row
+        return RunNews(row, list(self._read_samples()),
+                       [log_line(text).expandtabs(4) for text in self._log.poll()], self.checkpoints())
+
+    def _read_samples(self) -> Iterator[Sample]:
+        for text in self._samples.poll():
+            if record := parse(text):
+                yield Sample(_whole(record.get("step")) or 0, clean(str(record.get("prompt") or "")),
+                             clean(str(record.get("text") or "")))
+
+    def checkpoints(self) -> tuple[CheckpointRow, ...]:
+        "The saved steps, newest first, as index.json tells them; folders it doesn't know come without details"
+        from llm_trainer.checkpoint import Checkpoints
+        try: index = Checkpoints(self.folder, self.run.id, notify=lambda message: None).index()
+        except Exception: return ()
+        now, found = self.clock(), []
+        for step, entry in sorted(index.items(), reverse=True):
+            entry, folder = _dict(entry), self.folder / f"step-{step:08d}"
+            if step not in self._sizes: self._sizes[step] = _bytes(folder)
+            try: saved = age(os.stat(folder).st_mtime, now)
+            except OSError: continue
+            pins = entry.get("pins") if isinstance(entry.get("pins"), list) else []
+            verified = entry.get("verified_at")
+            found.append(CheckpointRow(step, tuple(line(pin, 20) for pin in pins), _number(entry.get("val_loss")),
+                                       self._sizes[step], saved, age(seconds(verified), now) if verified else ""))
+        return tuple(found)
+
+
+def _bytes(folder: Path) -> int:
+    "Size of a folder's files"
+    return sum(os.lstat(os.path.join(where, name)).st_size for where, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,102 @@
+"""Go on with a run: how far, from where, at which learning rate; the plan is shown before anything happens."""
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Button, Input, Label, Select, Static
+
+from llm_trainer import launch
+from llm_trainer.errors import LLMTrainerError
+from llm_trainer.runs import Run
+from llm_trainer.terminal import clean
+from llm_trainer.tui.glyphs import line
+
+PLANS = [("redecay: the schedule over the new total", "redecay"), ("hold: stay at the last learning rate", "hold"),
+         ("rewarm: up to half the peak, then down again", "rewarm")]
+
+
+class ResumeScreen(ModalScreen[dict[str, Any] | None]):
+    """Gives what `launch.resume` needs, or None."""
+
+    BINDINGS = [Binding("escape", "dismiss(None)", "Back", key_display="esc"),
+                Binding("ctrl+s", "go", "Resume", key_display="^s", priority=True),
+                Binding("down", "app.focus_next", "Next", show=False), Binding("up", "app.focus_previous", "Previous", show=False)]
+    AUTO_FOCUS = "#more"
+
+    def __init__(self, run_id: str):
+        super().__init__()
+        self.run_id, self.wish = run_id, None
+
+    def compose(self) -> ComposeResult:
+        steps = launch.saved_steps(self.app.workspace.checkpoints / self.run_id)
+        places = [("latest", "latest"), ("best", "best"), *((f"step {step:,}", str(step)) for step in reversed(steps))]
+        with Vertical(classes="dialog wide") as box:
+            box.border_title, box.border_subtitle = Content(f"Resume {line(self.run_id, 50)}"), "^s resumes, esc goes back"
+            with Horizontal(classes="row"):
+                yield Label("more epochs")
+                yield Input(compact=True, id="more", placeholder="empty: up to the target it has", type="integer")
+            with Horizontal(classes="row"):
+                yield Label("from")
+                yield Select(places, value="latest", allow_blank=False, compact=True, id="place")
+            with Horizontal(classes="row"):
+                yield Label("learning rate")
+                yield Select(PLANS, value="redecay", allow_blank=False, compact=True, id="lr-plan")
+            yield Static(id="plan", markup=False)
+            with Horizontal(classes="buttons"):
+                yield Button("Back", id="back", compact=True)
+                yield Button("Resume", id="go", compact=True)
+
+    def on_mount(self) -> None: self._plan()
+
+    @on(Input.Changed)
+    @on(Select.Changed)
+    def _plan(self) -> None:
+        "Show what would happen; nothing is changed"
+        more, plan = self.query_one("#more", Input).value.strip(), self.query_one("#lr-plan", Select).value
+        self.wish = dict(more_epochs=int(more) if more.lstrip("-").isdecimal() else None, checkpoint=self.query_one("#place", Select).value,
+                         lr_plan=plan if more or plan != "redecay" else None)
+        try:
+            found = launch.plan_resume(Run(self.app.workspace.runs / self.run_id), self.app.workspace, **self.wish)
+            text, ok = str(found), not found.nothing_to_do
+        except (LLMTrainerError, OSError) as problem: text, ok = str(problem), False
+        self._show(text, ok, "lr, time   …" if ok else "")
+        if ok: self._foresee()
+
+    def _show(self, text: str, ok: bool, more: str = "") -> None:
+        texts = [clean(row, keep="")[:200] for row in [*text.splitlines(), *([more] if more else [])]]
+        if ok: rows = [Content.assemble((row[:11], "$foreground 60%"), row[11:]) for row in texts]
+        else: rows = [Content.styled(row, "" if i else "$warning") for i, row in enumerate(texts)]
+        rows = [Content.styled("\nThe plan", "bold $primary"), *rows] if ok else [Content(""), *rows]
+        self.query_one("#plan", Static).update(Content("\n").join(rows))
+        self.query_one("#go", Button).disabled = not ok
+
+    @work(exclusive=True, group="foresee")
+    async def _foresee(self) -> None:
+        "Learning rate before and after, steps and time: asked of the command line, in a process that may load torch"
+        await asyncio.sleep(0.4)
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.wish.items() if value is not None]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "from llm_trainer.cli import main; main()", "resume", self.run_id, "--dry-run", *flags,
+            env={**os.environ, "LLM_TRAINER_HOME": str(self.app.workspace.root)}, stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+        try: said, _ = await process.communicate()
+        finally:
+            if process.returncode is None: process.kill()
+        if process.returncode == 0: self._show(said.decode("utf-8", "replace"), True)
+
+    @on(Input.Submitted)
+    @on(Button.Pressed, "#go")
+    def action_go(self) -> None:
+        if not self.query_one("#go", Button).disabled: self.dismiss({"run_id": self.run_id, **self.wish})
+
+    @on(Button.Pressed, "#back")
+    def _back(self) -> None: self.dismiss(None)

@@ -1,0 +1,181 @@
+"""Start a run: a profile, and every setting with its reason; only what you change is passed on."""
+from __future__ import annotations
+
+from typing import Any
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.screen import Screen
+from textual.widgets import Input, Label, Select, Static
+
+from llm_trainer import config as settings
+from llm_trainer.errors import LLMTrainerError
+from llm_trainer.tui.glyphs import line
+from llm_trainer.tui.widgets.key_bar import KeyBar
+from llm_trainer.tui.widgets.top_bar import TopBar
+
+
+def shown(value: Any) -> str:
+    "A value as one would type it; nothing for one that is derived from others"
+    if value is None: return ""
+    if isinstance(value, bool): return str(value).lower()
+    if isinstance(value, float): return f"{value:g}"
+    return line(value, 200)
+
+
+class Field(Horizontal):
+    """One setting: its name, what is typed, and what it may be or why it can't be that."""
+
+    def __init__(self, knob: settings.Knob):
+        super().__init__(classes="field", id=f"field-{knob.name}")
+        self.knob, self.base = knob, ""
+
+    def compose(self) -> ComposeResult:
+        yield Label(self.knob.name, classes="name")
+        yield Input(compact=True, id=f"value-{self.knob.name}", select_on_focus=False)
+        yield Label(self.knob.expects, classes="hint", markup=False)
+
+    @property
+    def input(self) -> Input: return self.query_one(Input)
+
+    @property
+    def changed(self) -> bool: return self.input.value.strip() != self.base
+
+    def reset(self, base: str, derived: str = "") -> None:
+        "Show the profile's value, or faintly the one that follows from others"
+        self.base = self.input.value = base
+        self.input.placeholder = derived
+        self.mark("")
+
+    def mark(self, problem: str) -> None:
+        "Say what is wrong with the value, or what it may be"
+        self.set_class(bool(problem), "-wrong")
+        self.set_class(self.changed, "-changed")
+        self.query_one(".hint", Label).update(Content(problem or self.knob.expects))
+
+
+class StartScreen(Screen[str | None]):
+    """A form over `config.fields()`, checked by the config's own rules while you type."""
+
+    BINDINGS = [
+        Binding("escape", "leave", "Back", key_display="esc", tooltip="Back without starting anything"),
+        Binding("ctrl+s", "start", "Start", key_display="^s", tooltip="Start the run", priority=True),
+        Binding("ctrl+u", "undo", "Undo field", key_display="^u", tooltip="The profile's value again"),
+        Binding("ctrl+f", "find", "Find", key_display="^f", tooltip="Find a setting by a part of its name"),
+        Binding("down", "app.focus_next", "Next", show=False), Binding("up", "app.focus_previous", "Previous", show=False)]
+    AUTO_FOCUS = "#profile"
+
+    def compose(self) -> ComposeResult:
+        names = list(settings.profiles(self.app.workspace.configs))
+        first = self.app.workspace.config if self.app.workspace.config in names else names[0]
+        yield TopBar()
+        with Vertical(id="head"):
+            with Horizontal(classes="field"):
+                yield Label("profile", classes="name")
+                yield Select([(line(name, 40), name) for name in names], value=first, allow_blank=False, id="profile", compact=True)
+            with Horizontal(classes="field"):
+                yield Label("run name", classes="name")
+                yield Input(compact=True, id="run-name", placeholder="two words")
+                yield Label("small letters, digits, dashes; empty: two words", classes="hint")
+            with Horizontal(classes="field"):
+                yield Label("note", classes="name")
+                yield Input(compact=True, id="note", placeholder="for you")
+                yield Input(compact=True, id="find", placeholder="find a setting")
+        with VerticalScroll(id="fields", can_focus=False):
+            group = ""
+            for knob in settings.fields().values():
+                if knob.group != group: yield Static(f"[{knob.group}]", classes="group", markup=False)
+                group = knob.group
+                yield Field(knob)
+        yield Static(id="about", markup=False)
+        yield KeyBar()
+
+    def on_mount(self) -> None:
+        self.problem = ""
+        self.query_one(TopBar).show(["llm_trainer", "new run"], [])
+        self._profile()
+
+    @on(Select.Changed, "#profile")
+    def _profile(self) -> None:
+        try: made = settings.load_config(self.query_one("#profile", Select).value, configs=self.app.workspace.configs)
+        except (LLMTrainerError, OSError) as problem: return self._about(str(problem), True)
+        flat, stated = made.flat(), made.model.model_fields_set
+        for field in self.query(Field):
+            name, value = field.knob.name, shown(flat[field.knob.name])
+            if field.knob.group == "model" and field.knob.default is None and name not in stated: field.reset("", value)
+            else: field.reset(value)
+        self._check()
+
+    def overrides(self) -> dict[str, Any]:
+        "The settings that differ from the profile, typed"
+        return {field.knob.name: None if field.knob.default is None and not field.input.value.strip()
+                else field.knob.parse(field.input.value.strip())
+                for field in self.query(Field) if field.changed}
+
+    def config(self) -> settings.Config:
+        return settings.load_config(self.query_one("#profile", Select).value, self.overrides(), self.app.workspace.configs)
+
+    @on(Input.Changed)
+    def _changed(self, event: Input.Changed) -> None:
+        if event.input.id == "find": return self._find(event.value)
+        if str(event.input.id).startswith("value-"): self._check()
+
+    def _find(self, part: str) -> None:
+        for field in self.query(Field):
+            field.display = part.lower() in field.knob.name or part.lower() in field.knob.description.lower()
+
+    def _check(self) -> None:
+        "Ask the config itself; its words appear beside the field they are about"
+        try: made = self.config()
+        except (LLMTrainerError, OSError) as problem: made, said = None, str(problem)
+        else: said = ""
+        self.problem = said
+        for field in self.query(Field):
+            mine = [text for text in said.splitlines() if field.knob.name in text.split(":")[0].replace("--", "").split()]
+            field.mark(line(mine[0].partition(": ")[2], 200) if mine and field.changed else "")
+            if made is not None and field.knob.default is None: field.input.placeholder = shown(made.flat()[field.knob.name])
+        changed = len(self.overrides())
+        facts = [f"{changed} changed" if changed else "the profile as it is"]
+        if said: facts.append("not valid yet")
+        self.query_one(TopBar).show(["llm_trainer", "new run"], facts)
+        if said: self._about(said.splitlines()[0], True)
+        elif made is not None: self._describe()
+
+    def on_descendant_focus(self) -> None: self._describe()
+
+    def _describe(self) -> None:
+        field = self.focused.parent if self.focused is not None and isinstance(self.focused.parent, Field) else None
+        if self.problem: return self._about(self.problem.splitlines()[0], True)
+        if field is None: return self._about("Choose a profile, change what you like, then ^s starts the run. "
+                                             "It goes on when you close the watcher.")
+        self._about(f"{field.knob.name}: {field.knob.description}. Default: {shown(field.knob.default) or 'derived'}.")
+
+    def _about(self, text: str, wrong: bool = False) -> None:
+        self.query_one("#about", Static).update(Content.styled(line(text, 400), "$error" if wrong else ""))
+
+    def action_leave(self) -> None: self.dismiss(None)
+
+    def action_find(self) -> None: self.query_one("#find").focus()
+
+    def action_undo(self) -> None:
+        if self.focused is not None and isinstance(self.focused.parent, Field):
+            field = self.focused.parent
+            field.reset(field.base, field.input.placeholder)
+            self._check()
+
+    @work(thread=True, exclusive=True, group="start")
+    def action_start(self) -> None:
+        from llm_trainer import launch
+        say = lambda text: self.app.call_from_thread(self._about, text, True)
+        try:
+            config = self.config()
+            profile = self.query_one("#profile", Select).value
+            argv = ["train", "--config", profile, *(f"--{name}={shown(value)}" for name, value in self.overrides().items())]
+            run = launch.start(config, self.app.workspace, name=self.query_one("#run-name", Input).value.strip() or None,
+                               note=self.query_one("#note", Input).value.strip() or None, argv=argv, background=True)
+        except (LLMTrainerError, OSError) as problem: return say(str(problem))
+        self.app.call_from_thread(self.app.notify, f"{run.id} is on its way; it goes on when you close the watcher.")
+        self.app.call_from_thread(self.dismiss, run.id)

@@ -1,0 +1,79 @@
+"""The workspace: where data/, checkpoints/, runs/ and configs/ are. Knows nothing of what lies in them."""
+from __future__ import annotations
+
+import configparser
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_trainer.errors import NotFoundError, UsageError
+
+SETTINGS = """\
+# Marks the workspace root of llm_trainer: every command finds its folders by walking up to this file.
+[llm_trainer]
+data = data
+checkpoints = checkpoints
+runs = runs
+configs = configs
+# The profile that `llm-trainer train` uses when --config is not given.
+config = default
+# auto, cuda, mps or cpu; a profile or --device wins over this line.
+device = auto
+"""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of one workspace, absolute, and its two preferences."""
+    root: Path
+    data: Path
+    checkpoints: Path
+    runs: Path
+    configs: Path
+    config: str = "default"
+    device: str = "auto"
+
+
+def _settings(root: Path) -> configparser.SectionProxy | None:
+    "The `[llm_trainer]` section of `root/settings.ini`, or None where there is none"
+    parser = configparser.ConfigParser(interpolation=None)
+    try: parser.read(root / "settings.ini", encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError): return None
+    return parser["llm_trainer"] if parser.has_section("llm_trainer") else None
+
+
+def open_workspace(root: Path) -> Workspace:
+    "The workspace whose settings.ini lies in `root`"
+    s = _settings(root)
+    if s is None: raise NotFoundError(f"{root} is no workspace: it has no settings.ini with a section "
+                                      f"[llm_trainer].\nMake one: llm-trainer init {root}")
+    folder = lambda key: (root / Path(s.get(key, key)).expanduser()).resolve()
+    return Workspace(root, folder("data"), folder("checkpoints"), folder("runs"), folder("configs"),
+                     s.get("config", "default"), s.get("device", "auto"))
+
+
+def find(start: Path | str | None = None) -> Workspace:
+    "The workspace around `start` (default: `$LLM_TRAINER_HOME`, else the current folder and those above it)"
+    home = os.environ.get("LLM_TRAINER_HOME")
+    if start is None and home: return open_workspace(Path(home).expanduser().resolve())
+    here = Path(start or ".").resolve()
+    for folder in (here, *here.parents):
+        if _settings(folder) is not None: return open_workspace(folder)
+    raise NotFoundError(f"No workspace here: neither {here} nor a folder above it has a settings.ini with a section "
+                        "[llm_trainer].\nMake one with: llm-trainer init\n"
+                        "or name one: export LLM_TRAINER_HOME=/path/to/workspace")
+
+
+def init(folder: Path | str = ".") -> Workspace:
+    "Make `folder` a workspace; what is already there stays as it is"
+    root = Path(folder).expanduser().resolve()
+    if root.exists() and not root.is_dir(): raise UsageError(f"{root} is a file; a workspace is a folder.")
+    if _settings(root) is None:
+        if (root / "settings.ini").exists():
+            raise UsageError(f"{root / 'settings.ini'} belongs to something else (it has no section [llm_trainer]).\n"
+                             "Choose another folder: llm-trainer init FOLDER")
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "settings.ini").write_text(SETTINGS, encoding="utf-8")
+    space = open_workspace(root)
+    for folder in (space.data, space.checkpoints, space.runs, space.configs): folder.mkdir(parents=True, exist_ok=True)
+    return space

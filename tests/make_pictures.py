@@ -1,0 +1,31 @@
+"""Pictures of the watcher for the README and the site, made of the snapshots: `python tests/make_pictures.py`.
+
+They are the screens that the tests compare, without the web fonts that Rich's SVG asks the network for."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SHOWN = ["runs", "running", "compare", "samples", "checkpoints", "resume", "start", "generate"]
+FONT = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace'
+
+
+def picture(svg: str) -> str:
+    "The same picture with the reader's own fonts, and plain spaces"
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S)
+    svg = re.sub(r"font-family: (?:Fira Code|arial)[^;]*;", f"font-family: {FONT};", svg)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
+    return re.sub(r"[ \t]+\n", "\n", svg.replace("&#160;", "\u00a0"))
+
+
+def main() -> None:
+    folder = ROOT / "nbs" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SHOWN:
+        svg = picture((ROOT / "tests" / "__snapshots__" / "test_tui" / f"test_picture[{name}].svg").read_text())
+        assert "http" not in svg.replace("http://www.w3.org/", "") and len(svg.encode()) < 60_000, name
+        (folder / f"tui-{name}.svg").write_text(svg)
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,325 @@
+"""The checkpoint store: the format byte for byte, every bit of a manifest, every station of a save."""
+import hashlib
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+from multiprocessing import get_context
+
+import pytest
+import torch
+from safetensors.torch import save as reference_bytes
+from torture.store import ACTIONS, HERE, content, exit_code_of, small_store, sound
+
+from llm_trainer import failpoints
+from llm_trainer.checkpoint import (Checkpoints, SaveFailed, all_finite, file_hash, non_finite, read_header, read_tensors, replace_file,
+                                    sealed, step_name, unsealed, verify, weights_hash, write_file, write_tensors)
+from llm_trainer.errors import CheckpointError, NotFoundError, RunFailed, UsageError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+          torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn,
+          torch.float8_e5m2]
+
+
+@pytest.fixture(autouse=True)
+def disarmed():
+    yield
+    failpoints.arm(None)
+
+
+@pytest.fixture
+def store(tmp_path): return small_store(tmp_path)
+
+
+def random_tensors(rng: random.Random) -> dict:
+    shape = lambda: [rng.randrange(0, 5) for _ in range(rng.randrange(0, 4))]
+    bytes_of = lambda dtype, s: torch.randint(0, 2, s).to(dtype) if dtype == torch.bool else torch.randint(0, 100, s).to(dtype)
+    return {f"{rng.choice('abé')}.{i}": bytes_of(rng.choice(DTYPES), shape()) for i in range(rng.randrange(0, 12))}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tensors_equal_the_reference_writer_byte_for_byte(tmp_path, seed):
+    tensors, metadata = random_tensors(random.Random(seed)), {"format": "pt"} if seed % 2 else None
+    digest = write_tensors(tmp_path / "x", tensors, metadata)
+    assert (tmp_path / "x").read_bytes() == reference_bytes(tensors, metadata)
+    assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    back = read_tensors(tmp_path / "x")
+    assert back.keys() == tensors.keys()
+    raw = lambda t: t.reshape(-1).view(torch.uint8)
+    for name, t in tensors.items(): assert back[name].dtype == t.dtype and torch.equal(raw(back[name]), raw(t))
+
+
+def test_views_and_slices_are_written_as_they_look(tmp_path):
+    base = torch.arange(24.).reshape(4, 6)
+    views = {"t": base.T, "slice": base[1:3, ::2], "expanded": torch.ones(1).expand(5), "grad": base.clone().requires_grad_()}
+    write_tensors(tmp_path / "x", views)
+    assert all(torch.equal(t, views[name]) for name, t in read_tensors(tmp_path / "x").items())
+
+
+def test_a_long_file_is_hashed_whole_though_the_hash_runs_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_trainer.checkpoint.AHEAD", 1000)
+    chunks = [os.urandom(777) for _ in range(50)]
+    assert write_file(tmp_path / "x", chunks) == hashlib.sha256(b"".join(chunks)).hexdigest() == file_hash(tmp_path / "x")
+
+
+def header(length=None, text=None, data=b"", **tensors):
+    text = json.dumps(tensors).encode() if text is None else text
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+LIES = {
+    "empty": b"", "short": b"\1\0\0", "huge header": header(2**63, b"{}"), "header past the end": header(100, b"{}"),
+    "no JSON": header(text=b"hello!"), "a list": header(text=b"[1, 2]"), "deep": header(text=b"[" * 200_000),
+    "deep object": header(text=b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "NaN": header(text=b'{"a": NaN}'),
+    "huge number": header(text=b'{"a": ' + b"9" * 10_000 + b"}"), "bytes missing": header(a=A, data=b"1234"),
+    "bytes to spare": header(a=A, data=b"123456789"), "unknown dtype": header(a={**A, "dtype": "F31"}, data=bytes(8)),
+    "shape lies": header(a={**A, "shape": [3]}, data=bytes(8)), "negative": header(a={**A, "shape": [-1, -2]}, data=bytes(8)),
+    "overlap": header(a=A, b=A, data=bytes(8)), "gap": header(a={**A, "data_offsets": [4, 12]}, data=bytes(12)),
+    "offsets back": header(a={**A, "data_offsets": [8, 0]}, data=bytes(8)), "fraction": header(a={**A, "shape": [2.0]}, data=bytes(8)),
+    "boolean": header(a={**A, "shape": [2, True]}, data=bytes(8)), "not an object": header(a=[1], data=bytes(8)),
+    "null": header(a=None), "strings": header(a={**A, "data_offsets": ["0", "8"]}, data=bytes(8)),
+    "a zip": b"PK\3\4" + bytes(100), "a pickle": b"\x80\x02cos\nsystem\n" + bytes(100), "surrogate": header(text=b'{"\xed\xa0\x80": 1}'),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_one_plain_error(tmp_path, lie):
+    (tmp_path / "x").write_bytes(LIES[lie])
+    with pytest.raises(CheckpointError): read_header(tmp_path / "x")
+    with pytest.raises(CheckpointError): read_tensors(tmp_path / "x")
+
+
+def test_a_true_header_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(header(a=A, __metadata__={"format": "pt"}, data=bytes(8)))
+    assert read_header(tmp_path / "x") == {"a": A} and read_tensors(tmp_path / "x")["a"].tolist() == [0, 0]
+
+
+def test_non_finite_tensors_are_named():
+    tensors = {"fine": torch.ones(3), "ints": torch.arange(3), "inf": torch.tensor([1, float("-inf")]),
+               "nan": torch.tensor(float("nan"), dtype=torch.bfloat16)}
+    assert non_finite(tensors) == ["inf", "nan"] and not all_finite(tensors) and all_finite({"a": torch.ones(1)}) and all_finite({})
+
+
+def test_every_single_bit_of_a_manifest_is_guarded(store):
+    path = store.path(30) / "manifest.json"
+    whole = path.read_bytes()
+    assert unsealed(path)["step"] == 30
+    for bit in range(8 * len(whole)):
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError): unsealed(path)
+
+
+def test_a_manifest_has_one_form_only(tmp_path):
+    text = sealed({"a": 1, "b": [2]})
+    for other in (text + b"\n", text.replace(b'"a": 1', b'"a":  1'), text.replace(b'"a"', b'"\\u0061"'),
+                  text.replace(b'"a": 1', b'"a": 1,\n "a": 1'), json.dumps(json.loads(text)).encode()):
+        (tmp_path / "x").write_bytes(other)
+        with pytest.raises(CheckpointError): unsealed(tmp_path / "x")
+    (tmp_path / "x").write_bytes(text)
+    assert unsealed(tmp_path / "x") == {"a": 1, "b": [2]}
+
+
+def test_folders_in_the_wrong_place_do_not_verify(store, tmp_path):
+    os.rename(store.path(30), store.path(40))
+    assert "step-00000030 of run calm-heron-0001" in verify(store.path(40))[0]
+    other = tmp_path / "warm-owl-0002" / step_name(20)
+    other.parent.mkdir()
+    store.path(20).rename(other)
+    assert "calm-heron-0001" in verify(other)[0] and not verify(other, run_id="calm-heron-0001")
+
+
+def test_verify_reads_only_what_is_asked_for_but_sees_strangers(store):
+    (store.path(30) / "state" / "trainer.json").write_text("{}")
+    weights = lambda name: not name.startswith("state/")
+    assert not verify(store.path(30), weights) and not verify(store.path(30), ["model.safetensors"])
+    assert "state/trainer.json" in verify(store.path(30))[0]
+    assert verify(store.path(30), ["tokenizer.json"]) == ["tokenizer.json is missing"]
+    (store.path(30) / "pytorch_model.bin").write_bytes(b"x")
+    assert verify(store.path(30), weights) == ["pytorch_model.bin is not in the manifest"]
+    assert store.select("latest", weights) == store.path(20)
+
+
+@pytest.mark.parametrize("what", ["link", "fifo", "folder", "dangling", "linked folder"])
+def test_only_regular_files_count(store, tmp_path, what):
+    victim = store.path(30) / "model.safetensors"
+    victim.rename(tmp_path / "weights")
+    if what == "link": victim.symlink_to(tmp_path / "weights")
+    if what == "dangling": victim.symlink_to(tmp_path / "nowhere")
+    if what == "fifo": os.mkfifo(victim)
+    if what == "folder": victim.mkdir()
+    if what == "linked folder":
+        (tmp_path / "weights").rename(victim)
+        (store.path(30) / "state").rename(tmp_path / "state")
+        (store.path(30) / "state").symlink_to(tmp_path / "state")
+    assert verify(store.path(30))
+
+
+def test_pins_survive_pruning(tmp_path):
+    store = small_store(tmp_path, steps=(), keep=2)
+    for step, loss in [(10, 3.), (20, 1.), (30, 2.), (40, 2.5)]:
+        store.save(step, content(step))
+        store.record(step, loss)
+        if step == 10: store.pin(10, "first")
+    for step in (50, 60, 70): store.save(step, content(step))
+    assert store.steps() == [10, 20, 60, 70]
+    assert {s: e["pins"] for s, e in store.index().items()} == {10: ["first"], 20: ["best"], 60: [], 70: ["latest"]}
+    assert [store.select(w).name[-2:] for w in ("best", "latest", "first", 60, "60")] == ["20", "70", "10", "60", "60"]
+
+
+def test_keep_zero_keeps_all(tmp_path):
+    assert small_store(tmp_path, range(1, 9), keep=0).steps() == list(range(1, 9))
+
+
+@pytest.mark.parametrize("loss", [None, float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_never_best(store, loss):
+    store.save(40, content(40), val_loss=loss)
+    assert store.select("best") == store.path(30) and store.index()[40]["val_loss"] is None
+
+
+def test_without_validation_best_is_the_latest(tmp_path):
+    store = small_store(tmp_path, steps=())
+    for step in (1, 2): store.save(step, content(step))
+    assert store.select("best") == store.path(2)
+
+
+def test_what_is_not_there_is_said(store, tmp_path):
+    with pytest.raises(NotFoundError, match="10, 20, 30"): store.select(25)
+    with pytest.raises(NotFoundError, match="it has"): store.select("newest")
+    with pytest.raises(NotFoundError): store.pin(25)
+    with pytest.raises(UsageError): store.pin(20, "best")
+    with pytest.raises(NotFoundError, match="no checkpoint yet"): Checkpoints(tmp_path / "none", "none").select()
+
+
+def test_when_all_are_damaged_none_is_used(store):
+    for step in store.steps(): os.truncate(store.path(step) / "model.safetensors", 5)
+    with pytest.raises(CheckpointError) as e: store.select("best")
+    assert all(f"Step {step} is damaged: model.safetensors has 5 bytes" in str(e.value) for step in (10, 20, 30))
+
+
+def test_the_index_is_only_a_memory(store):
+    (store.folder / "index.json").unlink()
+    assert list(store.index()) == store.steps() and store.select() == store.path(30)
+    store.verify()
+    assert all(e["verified_at"] for e in store.index().values()) and store.index()[30]["pins"] == ["latest"]
+
+
+def test_saving_a_step_again_replaces_it(store):
+    os.truncate(store.path(30) / "model.safetensors", 5)
+    store.save(30, content(30))
+    assert not verify(store.path(30)) and sorted(os.listdir(store.folder)) == ["index.json", *map(step_name, (10, 20, 30))]
+
+
+def test_a_kill_between_the_two_names_of_a_replaced_step_loses_nothing(store):
+    def replace(): store.save(30, content(30))
+    os.rename(store.path(30), store.folder / f".old-{step_name(30)}")  # what such a kill leaves
+    (store.folder / f".tmp-{step_name(30)}").mkdir()
+    store.sweep()
+    assert store.select() == store.path(30)
+    failpoints.arm("save.after-rename=kill")
+    assert exit_code_of(replace) == -signal.SIGKILL
+    failpoints.arm(None)
+    assert store.select() == store.path(30)
+    store.sweep()
+    assert not [n for n in os.listdir(store.folder) if n.startswith(".")]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_writer_that_fails_leaves_nothing(store, error):
+    def write(folder):
+        (folder / "half").write_bytes(b"x" * 1000)
+        raise error()
+    with pytest.raises(SaveFailed if error is OSError else error): store.save(40, write)
+    assert sound(store, 30) is None and len(os.listdir(store.folder)) == 4
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_each_station_is_really_passed(store, name):
+    store.keep = 1
+    failpoints.arm(f"{name}=raise")
+    with pytest.raises(RuntimeError, match=name): store.save(40, content(40))
+
+
+def test_trouble_after_the_rename_is_said_and_not_raised(tmp_path):
+    store, said = small_store(tmp_path, keep=1), []
+    store.notify = said.append
+    for name in ("save.before-index", "index.before-replace", "prune.before", "prune.middle"):
+        failpoints.arm(f"{name}=enospc")
+        step = store.steps()[-1] + 10
+        store.save(step, content(step), val_loss=0.5 if name == "save.before-index" else None)
+        failpoints.arm(None)
+        assert len(said) == 1 and sound(store, step) is None
+        said.clear()
+    assert store.select("best") == store.path(40), "the loss that could not be written was written with the next save"
+
+
+def test_no_room_is_seen_before_anything_is_written(store):
+    with pytest.raises(SaveFailed, match="MB left.*\n.*llm-trainer resume calm-heron-0001") as e: store.require_space(10**15)
+    assert e.value.code == "disk_full" and isinstance(e.value, RunFailed) and isinstance(e.value, OSError)
+    with pytest.raises(SaveFailed): store.save(40, content(40), size=10**15)
+    store.reserve = 10**15
+    with pytest.raises(SaveFailed): store.save(40, content(40))
+    assert store.steps() == [10, 20, 30]
+    Checkpoints(store.folder / "not" / "yet" / "there", "there").require_space(1000)
+
+
+def test_modes_are_private(tmp_path):
+    old = os.umask(0)
+    try: store = small_store(tmp_path)
+    finally: os.umask(old)
+    for path in [store.folder, *store.folder.rglob("*")]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), (path, oct(mode))
+
+
+def _pin(folder, first):
+    store = Checkpoints(folder, folder.name, notify=print)
+    for n in range(20): store.pin(10, f"pin-{first + n}")
+
+
+def test_pins_from_several_processes_all_arrive(store):
+    context = get_context("spawn" if sys.platform == "darwin" else "fork")
+    workers = [context.Process(target=_pin, args=(store.folder, n)) for n in (0, 20, 40)]
+    for w in workers: w.start()
+    for w in workers: w.join()
+    assert len(store.index()[10]["pins"]) == 60
+
+
+def test_replacing_a_file_follows_no_link(tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "index.json").symlink_to(tmp_path / "secret")
+    (tmp_path / ".index.json.new").symlink_to(tmp_path / "secret")
+    replace_file(tmp_path / "index.json", b"{}")
+    assert (tmp_path / "secret").read_text() == "mine" and not (tmp_path / "index.json").is_symlink()
+
+
+def test_weights_hash_is_that_of_the_file(store):
+    data = (store.path(30) / "model.safetensors").read_bytes()
+    assert weights_hash(store.path(30)) == hashlib.sha256(data).hexdigest() != weights_hash(store.path(20))
+
+
+def test_the_store_needs_no_torch():
+    code = "import sys, llm_trainer.checkpoint; sys.exit(bool({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_failpoints_are_off_unless_asked_for_and_refuse_nonsense(monkeypatch):
+    for name in failpoints.NAMES: failpoints.hit(name)
+    for nonsense in ("save.before-tmp", "save.befor-tmp=kill", "save.before-tmp=explode", "save.before-tmp=kill:x"):
+        with pytest.raises(ValueError): failpoints.arm(nonsense)
+    failpoints.arm("*=raise:3")
+    failpoints.hit("lock.taken"), failpoints.hit("state.write")
+    with pytest.raises(RuntimeError, match="prune.before"): failpoints.hit("prune.before")
+    failpoints.hit("prune.before")
+    env = {**os.environ, "LLM_TRAINER_FAILPOINTS": "worker.exit=kill"}
+    code = "from llm_trainer import failpoints; failpoints.hit('worker.exit')"
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
+
+
+def test_every_action_is_known():
+    for action in (*ACTIONS, "term", "int", "stop"): failpoints.arm(f"save.before-tmp={action}:2")

@@ -1,0 +1,384 @@
+"""The commands as a user meets them: wrong argument lists, prompts of every kind, and the life of a run."""
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llm_trainer import cli, runs, workspace
+from llm_trainer.trainer import Evaluated, Phase, Saved, Step
+
+PROGRAM = [sys.executable, "-m", "llm_trainer.cli"]
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    "An empty workspace, entered"
+    monkeypatch.delenv("LLM_TRAINER_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return workspace.init(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    "A workspace with the run `done`, trained through the real command line"
+    space = workspace.init(tmp_path_factory.mktemp("trained"))
+    ran = program(space, "train", "--config", "tiny", "--name", "done", "--max-steps", "12")
+    assert ran.returncode == 0, ran.stderr
+    return SimpleNamespace(root=space.root, said=ran.stdout)
+
+
+def program(space, *argv, **how):
+    "Run the real program in a workspace"
+    env = {**os.environ, "LLM_TRAINER_HOME": str(space.root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*PROGRAM, *argv], cwd=space.root, env=env, capture_output=True, text=True, **how)
+
+
+def files(root: Path) -> set[str]: return {str(f) for f in root.rglob("*")}
+
+
+# -- Wrong argument lists: refused, with one message, before anything happens
+
+def typo(word: str, rng: random.Random) -> str:
+    "`word` with one letter added, dropped, changed or swapped with the next"
+    i = rng.randrange(len(word))
+    letter = rng.choice(string.ascii_lowercase)
+    swapped = word[:i] + word[i:i + 2][::-1] + word[i + 2:]
+    changed = word[:i] + letter + word[i + 1:]
+    return rng.choice([word[:i] + word[i + 1:], word[:i] + letter + word[i:], changed, swapped])
+
+
+def wrong_arguments(rng: random.Random) -> tuple[list[str], str | None]:
+    "An argument list that must be refused, and the flag that the message must name, if any"
+    names = [name for name in cli.front.commands if name not in ("init", "completion", "bench")]
+    command = cli.front.commands[rng.choice(names)]
+    flags = [f for f in command.flags.values() if not f.positional and not f.hidden]
+    base = [command.name, *("some-run" for f in command.positionals if rng.random() < 0.5)]
+    junk = "".join(rng.choice([chr(rng.randrange(1, 0x250)), "\udc80", "\u202e", "🙂", "\x1b"]) for _ in range(5))
+    if not flags: return [command.name, "--" + junk.replace("=", "") + "x"], None
+    flag = rng.choice(flags)
+    value = [] if flag.is_switch else ["1"]
+    kind = rng.randrange(8)
+    if kind == 0:
+        wrong = typo(flag.name, rng)
+        if command.find(wrong)[0] or wrong.startswith("-") or len(flag.name) < 2: kind = 1
+        else: return [*base, f"--{wrong}", *value], flag.spelling
+    if kind == 1: return [*base, "--" + junk.replace("=", "") + "q", *value], None
+    if kind == 2 and not flag.is_switch: return [*base, flag.spelling], flag.spelling
+    if kind == 3 and flag.takes_number: return [*base, f"{flag.spelling}={junk}"], flag.spelling
+    if kind == 4 and flag.is_switch: return [*base, f"{flag.spelling}={junk}!"], flag.spelling
+    if kind == 5 and not flag.repeats and flag.is_switch: return [*base, flag.spelling, flag.spelling], flag.spelling
+    if kind == 6: return [flag.spelling, *base], None
+    if kind == 7: return [typo(command.name, rng) + "_", flag.spelling], None
+    return [*base, *["one-too-many"] * (len(command.positionals) + 1)], None
+
+
+def fuzz(n: int, seed: int, run=cli.main) -> list[str]:
+    "Try `n` wrong argument lists in the current folder; gives what went wrong, which should be nothing"
+    import contextlib
+    import io
+    rng, faults, before = random.Random(seed), [], files(Path.cwd())
+    for _ in range(n):
+        argv, named = wrong_arguments(rng)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: code = run(argv)
+            except BaseException as error: code = repr(error)
+        said = err.getvalue()
+        if code != 2: faults.append(f"{argv!r} gave {code}: {said or out.getvalue()[:80]}")
+        if "Traceback" in said or "internal error" in said: faults.append(f"{argv!r} showed {said!r}")
+        if named and named not in said: faults.append(f"{argv!r} did not name {named}: {said!r}")
+        if any(c in said for c in "\x1b\x07\u202e"): faults.append(f"{argv!r} let control bytes through")
+    if files(Path.cwd()) != before: faults.append(f"files appeared: {sorted(files(Path.cwd()) - before)[:5]}")
+    return faults
+
+
+def test_wrong_arguments_are_refused_and_touch_nothing(space): assert fuzz(2000, seed=1) == []
+
+
+@pytest.mark.parametrize("argv, code, says", [
+    (["train", "--epcohs", "3"], 2, "Did you mean --epochs?"),
+    (["train", "--epochs", "ten"], 2, "takes a whole number"),
+    (["train", "--epochs", "0"], 2, "epochs"),
+    (["train", "--epochs", "2", "--epochs", "3"], 2, "given twice"),
+    (["train", "--n_layer=2", "--n-layer=2"], 2, "given twice"),
+    (["train", "--config", "nope"], 2, "No profile"),
+    (["train", "--config", "./nope.toml"], 3, "nope.toml"),
+    (["train", "--dataset", "nope.txt"], 3, "no file or folder nope.txt"),
+    (["train", "--name", "../evil", "--config", "tiny"], 2, "can't name a run"),
+    (["train", "--name", "12e4567", "--config", "tiny"], 2, "can't name a run"),
+    (["train", "--config", "tiny", "--init-from", "nobody"], 3, "There is no run"),
+    (["train", "--n_head", "3", "--n_embd", "32", "--config", "tiny"], 2, "multiple of n_head"),
+    (["status", "nobody"], 3, "There is no run nobody"),
+    (["resume"], 3, "There is no run"),
+    (["stop"], 2, "stop needs RUN"),
+    (["delete"], 2, "delete needs RUN"),
+    (["generate", "--prompt", "x"], 3, "There is no run"),
+    (["generate", "--prompt", ""], 2, "prompt is empty"),
+    (["generate", "--prompt-file", "nope"], 3, "can't be read"),
+    (["generate", "--prompt", "x", "--interactive"], 2, "exclude each other"),
+    (["generate", "--prompt", "-x"], 2, "--prompt=-"),
+    (["generate", "./nowhere", "--prompt", "x"], 3, "does not exist"),
+    (["generate", "--prompt", "x", "--output", "nowhere/out.txt"], 3, "does not exist"),
+    (["resume", "--more-epochs", "0"], 2, "more-epochs"),
+    (["resume", "--lr-plan", "rewrm"], 2, "Did you mean rewarm?"),
+    (["runs", "--csv", "nobody"], 3, "There is no run"),
+    (["watch"], 2, "needs a terminal"),
+])
+def test_bad_input_gives_one_message(space, capsys, argv, code, says):
+    if "--more-epochs" in argv: runs.create_run(space.runs, {"training": {}}, name="some")
+    before = files(space.root)
+    assert cli.main(argv) == code
+    out, err = capsys.readouterr()
+    assert says in err and not out and "Traceback" not in err
+    assert files(space.root) == before
+
+
+def test_outside_a_workspace_the_message_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LLM_TRAINER_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["status"]) == 3 and "llm-trainer init" in capsys.readouterr().err
+
+
+# -- Help, from the signatures
+
+@pytest.mark.parametrize("name", cli.front.commands)
+def test_every_command_has_help_that_fits(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].startswith(f"llm-trainer {name}: ")
+    for flag in cli.front.commands[name].flags.values(): assert flag.description, f"{name} {flag.name} is not described"
+
+
+def test_train_has_a_flag_for_every_setting():
+    from llm_trainer.config import fields
+    flags = cli.front.commands["train"].flags
+    assert set(fields()) <= set(flags)
+    for group in cli.GROUPS.values(): assert f"{group}\n" in cli.front.help(cli.front.commands["train"])
+
+
+# -- Looking at runs that real writers left
+
+def write_run(space, name, ends=None, steps=20):
+    "A run folder as a worker leaves it; without `ends`, as a killed one does"
+    run = runs.create_run(space.runs, {"training": {"batch_size": 8, "lr": 1e-3}}, name=name, locked=True)
+    run.add_attempt(target_epochs=2, target_steps=steps)
+    writer = runs.RunWriter(run, run.lock)
+    writer.log(Phase("training"))
+    for i in range(1, steps + 1):
+        writer.log(Step(i, i / 10, i * 512, 1e-3, 6 - i / 10, 1.0, 8500.0, 812_000_000, float(steps - i)))
+    writer.log(Evaluated(steps, 2.0, steps * 512, 4.25, 70.1, 1.9))
+    writer.log(Saved(steps, "checkpoint", 1000, 0.1))
+    writer.beat()
+    if ends: writer.finish(*ends)
+    run.lock.release()
+    return run
+
+
+def test_status_tells_each_end_and_the_command_that_helps(space, capsys):
+    ends = {"good": ("completed",), "big": ("failed", "oom", "Memory ran out: \x1b[31m3 GB"), "killed": None,
+            "wild": ("diverged", "non_finite", "ten steps in a row"), "full": ("failed", "disk_full", "No space")}
+    for name, end in ends.items(): write_run(space, name, end)
+    says = {"good": ["✓ completed", "step 20 of 20", "4.2500"],
+            "big": ["✗ failed", "oom: Memory ran out: 3 GB", "--batch-size 4"],
+            "killed": ["✗ crashed", "llm-trainer resume killed", "the end of its log"],
+            "wild": ["✗ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"]}
+    for name, texts in says.items():
+        assert cli.main(["status", name]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        for text in texts: assert text in out
+
+
+def test_status_and_runs_as_json_and_csv(space, capsys):
+    assert cli.main(["runs", "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
+    assert cli.main(["status", "--json"]) == 0 and json.loads(capsys.readouterr().out) == {}
+    write_run(space, "older", ("completed",)), write_run(space, "newer")
+    assert cli.main(["runs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(r["run_id"], r["status"]) for r in listed] == [("newer", "crashed"), ("older", "completed")]
+    assert cli.main(["status", "--json"]) == 0 and json.loads(capsys.readouterr().out)["run_id"] == "newer"
+    assert cli.main(["runs"]) == 0
+    heading, first, second = capsys.readouterr().out.splitlines()
+    assert heading.startswith("RUN") and first.startswith("newer") and second.startswith("older")
+    assert cli.main(["runs", "--csv", "older"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert "loss" in rows[0].split(",") and len(rows) == 22
+    assert cli.main(["logs", "older", "--lines", "1"]) == 0 and capsys.readouterr().out.endswith("completed\n")
+    assert cli.main(["status", "--watch"]) == 0 and "crashed" in capsys.readouterr().out
+
+
+def test_a_prefix_is_enough_unless_it_is_ambiguous(space, capsys):
+    write_run(space, "alpha-one"), write_run(space, "alpha-two")
+    assert cli.main(["status", "alpha-o"]) == 0
+    assert cli.main(["status", "alpha"]) == 2 and "alpha-one" in capsys.readouterr().err
+
+
+def test_a_damaged_run_folder_is_shown_not_raised(space, capsys):
+    run = write_run(space, "broken")
+    (run.folder / "state.json").write_bytes(b'{"status": [1], "loss": "\x1b[31m')
+    (run.folder / "meta.json").write_bytes(b"\xff\xfe")
+    for argv in (["status"], ["runs"], ["status", "--json"], ["runs", "--csv", "broken"]): assert cli.main(argv) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_delete_asks_and_stop_is_idempotent(space, capsys):
+    write_run(space, "old", ("stopped", "signal", "asked"))
+    assert cli.main(["stop", "old"]) == 0 and cli.main(["stop", "old"]) == 0
+    assert cli.main(["delete", "old"]) == 2 and "--yes" in capsys.readouterr().err
+    assert (space.runs / "old").exists()
+    assert cli.main(["delete", "old", "--yes"]) == 0 and not (space.runs / "old").exists()
+
+
+def test_a_living_run_is_not_deleted(space, capsys):
+    run = runs.create_run(space.runs, {"training": {}}, name="alive", locked=True)
+    assert cli.main(["delete", "alive", "--yes"]) == 75 and "llm-trainer stop alive" in capsys.readouterr().err
+    run.lock.release()
+
+
+# -- Completion
+
+def test_completion_knows_commands_flags_profiles_and_runs(space):
+    write_run(space, "quiet-otter-1234")
+    words = lambda *argv: [w for w, _ in cli.front.complete(list(argv))]
+    assert "train" in words("t") and "--n_layer" in words("train", "--n") and "tiny" in words("train", "--config", "")
+    assert words("status", "q") == ["quiet-otter-1234"] and words("resume", "--lr-plan", "re") == ["redecay", "rewarm"]
+
+
+def test_bash_completes(space):
+    write_run(space, "quiet-otter-1234")
+    script = f"""llm-trainer() {{ {sys.executable} -m llm_trainer.cli "$@"; }}
+    source <(llm-trainer completion bash); COMP_WORDS=(llm-trainer status qui); COMP_CWORD=2
+    _llm_trainer; echo "${{COMPREPLY[@]}}" """
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=space.root)
+    assert ran.stdout == "quiet-otter-1234\n"
+
+
+# -- The real program
+
+def test_looking_loads_no_torch(space):
+    code = ("import sys; from llm_trainer.cli import main; main({!r})\n"
+            "print(sorted({{'torch', 'pydantic', 'rich'}} & set(sys.modules)))")
+    write_run(space, "some", ("completed",))
+    for argv in (["runs"], ["status"], ["--help"], ["stop", "some"], ["logs"]):
+        ran = subprocess.run([sys.executable, "-c", code.format(argv)], cwd=space.root, capture_output=True, text=True)
+        assert ran.stdout.splitlines()[-1] == "[]", argv
+
+
+@pytest.mark.parametrize("argv", [["train", "--epcohs", "3"], ["train", b"--epochs=\xff"], ["tra\x1b[31min"],
+                                  ["runs", "--json", "--json"]])
+def test_wrong_arguments_through_a_real_shell(space, argv):
+    before = files(space.root)
+    ran = program(space, *argv)
+    assert ran.returncode == 2 and ran.stderr.startswith("llm-trainer: ") and "Traceback" not in ran.stderr
+    assert files(space.root) == before
+
+
+def test_a_closed_pipe_is_quiet(space):
+    write_run(space, "long", steps=400)
+    script = f"{sys.executable} -m llm_trainer.cli runs --csv long | head -1; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", script], cwd=space.root, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stderr == ""
+
+
+def test_train_says_the_run_the_device_and_what_comes_next(trained):
+    for text in ("Run done.", "llm-trainer status done --watch", "cpu", "validation loss", "bits per byte",
+                 "✓ completed", "llm-trainer generate done", "resume done --more-epochs 1"): assert text in trained.said
+    assert "\x1b" not in trained.said
+
+
+def test_dry_run_creates_nothing(space):
+    before = files(space.root)
+    ran = program(space, "train", "--config", "tiny", "--dry-run")
+    assert ran.returncode == 0 and files(space.root) == before
+    for text in ("parameters", "* n_layer", "tokens/s", "Nothing was created."): assert text in ran.stdout
+
+
+def test_a_corpus_that_can_not_train_leaves_no_run(space):
+    (space.root / "empty.txt").write_text("")
+    (space.root / "short.txt").write_text("Too short.")
+    for name in ("empty.txt", "short.txt"):
+        ran = program(space, "train", "--config", "tiny", "--tokenizer", "byte", "--dataset", name)
+        assert ran.returncode == 2 and name.split(".")[0] in ran.stderr, ran.stderr
+        assert not [f for f in os.listdir(space.runs) if not f.startswith(".")]
+
+
+def test_resume_of_a_completed_run_has_nothing_to_do(trained):
+    ran = program(trained, "resume", "done", "--dry-run")
+    assert ran.returncode == 0 and "nothing left to train" in ran.stdout
+    ran = program(trained, "resume", "done", "--more-epochs", "2", "--lr-plan", "hold", "--dry-run")
+    assert ran.returncode == 0
+    for text in ("from       step 12 of done", "lr plan    hold", "lr         ", "86 more"): assert text in ran.stdout
+    ran = program(trained, "resume", "done", "--n_layer", "3")
+    assert ran.returncode == 2 and "n_layer" in ran.stderr
+
+
+def test_verify_and_export(trained, tmp_path):
+    assert program(trained, "verify", "done").returncode == 0
+    assert program(trained, "export", "done", "--out", str(tmp_path / "out")).returncode == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors",
+                                                    "tokenizer.json", "tokenizer_config.json"]
+    assert program(trained, "export", "done", "--out", str(tmp_path / "out")).returncode == 2
+
+
+def test_evaluate_repeats_the_loss_of_the_run(trained):
+    status = json.loads(program(trained, "status", "done", "--json").stdout)
+    found = json.loads(program(trained, "evaluate", "done", "--json").stdout)
+    assert abs(found["loss"] - status["best_val_loss"]) < 1e-4 and found["split"] == "validation"
+    assert found["perplexity"] < found["word_perplexity"] and found["stride"] == found["context"] == 64
+
+
+PROMPTS = ["123", "[a]", "True", "None", "once # upon", "-x", "-", "--", "{'a': 1}", "a=b", "'\"\\", "new\nline", "é🙂",
+           " "]
+
+
+def test_prompts_arrive_byte_for_byte(trained, monkeypatch, capsys):
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(trained.root))
+    for prompt in PROMPTS:
+        assert cli.main(["generate", f"--prompt={prompt}", "--max-new-tokens=1", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["texts"][0]["prompt"] == prompt
+
+
+@pytest.mark.parametrize("how", ["argument", "file", "stdin"])
+def test_prompts_through_a_real_shell(trained, tmp_path, how):
+    prompt = "once # upon\n[a] é🙂 \"'\\"
+    (tmp_path / "prompt").write_bytes(prompt.encode())
+    argv = {"argument": ["--prompt", prompt], "file": ["--prompt-file", str(tmp_path / "prompt")],
+            "stdin": ["--prompt-file=-"]}[how]
+    piped = prompt if how == "stdin" else ""
+    ran = program(trained, "generate", *argv, "--max-new-tokens=1", "--json", input=piped)
+    assert json.loads(ran.stdout)["texts"][0]["prompt"] == prompt
+
+
+def test_bytes_that_are_no_text_are_refused(trained):
+    ran = program(trained, "generate", b"--prompt=a\xffb")
+    assert ran.returncode == 2 and "no valid UTF-8: character 2" in ran.stderr
+
+
+def test_generate(trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(trained.root))
+    say = lambda *argv: (cli.main(["generate", "--prompt=The ", "--max-new-tokens=6", *argv]), *capsys.readouterr())
+    assert say("--seed=3") == say("--seed=3")
+    code, out, _ = say("--temperature=0", "--json", "--num-samples=2")
+    texts = json.loads(out)["texts"]
+    assert code == 0 and texts[0]["text"] == texts[1]["text"] and len(texts[0]["logprobs"]) == len(texts[0]["tokens"])
+    assert say("--temperature=0", f"--output={tmp_path / 'out'}")[:2] == (0, "")
+    assert (tmp_path / "out").read_text() == texts[0]["text"]
+    for flag in ("--temperature=-1", "--top-p=0", "--top-p=1.5", "--top-k=100000", "--min-p=2", "--checkpoint=7"):
+        code, out, err = say(flag)
+        assert code in (2, 3) and not out and err.startswith("llm-trainer: ") and "internal" not in err
+    code, out, err = say("--prompt-file=x")
+    assert code == 2 and "exclude each other" in err
+
+
+def test_interactive(trained):
+    said = "The \n/set temperature 0\n/set tempreature 1\n/set top_p 3\n/more\n/sat\n/history\n/quit\n"
+    ran = program(trained, "generate", "--interactive", "--max-new-tokens=3", input=said)
+    assert ran.returncode == 0 and not ran.stderr
+    for text in ("temperature 0.0", "Did you mean temperature?", "top_p must be", "Did you mean /set?", "1  The"):
+        assert text in ran.stdout

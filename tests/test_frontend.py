@@ -1,0 +1,216 @@
+"""The strict front end, tried on a small set of commands that really go through Fire."""
+import random
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from llm_trainer.errors import BusyError, UsageError
+from llm_trainer.frontend import Flag, FrontEnd, convert, nearest
+
+seen = {}
+
+
+def paint(
+    canvas: str,  # FOLDER|FILE: What to paint on
+    tint: str | None = None,  # A tint
+    *,
+    # Colour
+    colour: Literal["red", "green"] = "red",  # Colour of the brush
+    layers: int = 3,  # How many layers
+    opacity: float | None = None,  # How much shines through
+    glaze: bool = True,  # Glaze it at the end
+    dry: bool = False,  # Wait until it is dry
+    headless: bool = False,  # Paint without looking
+    no_copies: int | None = None,  # Copies to leave out
+    # Text
+    title: str | None = None,  # What is written under it
+    stop: list[str] = [],  # Words never to write
+    note_file: Path | None = None,  # FILE: More words
+):
+    """Paint a picture
+
+    It takes a while.
+    """
+    seen.clear()
+    seen.update(locals())
+    return 7 if canvas == "seven" else None
+
+
+def hang(picture: str, *, title: str, **knobs):
+    "Hang a picture"
+    seen.clear()
+    seen.update(locals())
+    if picture == "busy": raise BusyError("The wall is busy.")
+    if picture == "ctrl-c": raise KeyboardInterrupt
+    if picture == "bug": return 1 / 0
+    if picture == "full": raise OSError(28, "No space left on device", "/wall")
+
+
+hang.knobs = lambda: [Flag("n_hooks", int, 2, "Hooks in the wall", "Wall", note="2; 1 to 9"),
+                      Flag("level", Literal["auto"] | bool, "auto", "Hang it level", "Wall", note="auto")]
+front = FrontEnd("art", "1.2", "Pictures.", {"Make": {"paint": paint}, "Show": {"hang": hang}},
+                 candidates={"picture": lambda: ["sunset", "seven"]})
+
+
+def values(*argv): return front.parse(list(argv))[1]
+
+
+def refused(*argv) -> str:
+    with pytest.raises(UsageError) as error: front.parse(list(argv))
+    return str(error.value)
+
+
+def test_values_arrive_with_the_types_of_the_signature():
+    assert values("paint", "x", "--layers=4", "--opacity", "-.5", "--colour", "green") == \
+        {"canvas": "x", "layers": 4, "opacity": -0.5, "colour": "green"}
+    assert type(values("paint", "x", "--opacity", "1")["opacity"]) is float
+    assert values("paint", "x", "--note-file", "a b.txt")["note_file"] == "a b.txt"
+
+
+def test_dashes_and_underscores_are_the_same():
+    for spelling in ("--note-file=f", "--note_file=f"): assert values("paint", "x", spelling)["note_file"] == "f"
+    for spelling in ("--n-hooks=4", "--n_hooks=4"): assert values("hang", "x", "--title=t", spelling)["n_hooks"] == 4
+
+
+@pytest.mark.parametrize("word, value", [("--dry", True), ("--no-dry", False), ("--nodry", False), ("--no_dry", False),
+                                         ("--dry=false", False), ("--dry=YES", True), ("--dry=0", False)])
+def test_switches(word, value): assert values("paint", "x", word)["dry"] is value
+
+
+def test_a_switch_never_swallows_a_word():
+    assert values("paint", "--dry", "x") == {"dry": True, "canvas": "x"}
+    assert "true|false" in refused("paint", "x", "--dry=maybe")
+    assert "'=': --flag=false" in refused("paint", "x", "y", "--dry", "false")
+
+
+def test_a_name_that_begins_with_no_is_itself():
+    assert values("paint", "x", "--no-copies", "2")["no_copies"] == 2
+    assert values("hang", "x", "--title=t", "--no-level")["level"] is False
+    assert values("hang", "x", "--title=t", "--level", "true")["level"] is True
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["paint", "x", "--coluor", "red"], "Did you mean --colour?"),
+    (["paint", "x", "--layer", "3"], "Did you mean --layers?"),
+    (["paint", "x", "--no-glase"], "Did you mean --no-glaze?"),
+    (["paint", "x", "--colour=grene"], "Did you mean green?"),
+    (["paint", "x", "--layers=two"], "takes a whole number, not 'two'"),
+    (["paint", "x", "--layers=2.0"], "takes a whole number"),
+    (["paint", "x", "--layers=2,3"], "takes a whole number"),
+    (["paint", "x", "--layers"], "needs a value"),
+    (["paint", "x", "--layers", "--dry"], "looks like a flag"),
+    (["paint", "x", "--layers=1", "--layers", "1"], "given twice"),
+    (["paint", "x", "--dry", "--no-dry"], "given twice"),
+    (["paint", "x", "--note-file=a", "--note_file=a"], "given twice"),
+    (["paint", "x", "--canvas", "x"], "given twice"),
+    (["paint", "x", "--opacity=nan"], "takes a number"),
+    (["paint", "x", "--opacity=inf"], "takes a number"),
+    (["paint", "x", "--title", "-t"], "joined: --title=-…"),
+    (["paint", "x", "--lay=3"], "Did you mean --layers?"),
+    (["paint", "x", "--no-layers"], "it takes a value"),
+    (["paint", "x", "-dry"], "two dashes"),
+    (["paint", "x", "---dry"], "two dashes"),
+    (["paint", "x", "-q"], "no flag '-q'"),
+    (["paint", "x", "--n-hooks=2"], "no flag '--n-hooks'"),
+    (["paint", "x", "y", "z"], "one too many"),
+    (["paint"], "needs CANVAS"),
+    (["paint", "x", "--note-file="], "takes"),
+    (["hang", "x"], "needs --title"),
+    (["pant", "x"], "Did you mean `art paint`?"),
+    (["--dry", "paint"], "flags come after"),
+    (["paint", "x", "--no-dry=1"], "takes no value"),
+])
+def test_faults_are_said_before_anything_runs(argv, says, capsys):
+    seen.clear()
+    assert says in refused(*argv)
+    assert front.run(argv) == 2 and not seen
+    out, err = capsys.readouterr()
+    assert not out and says in err and "Traceback" not in err
+
+
+def test_two_dashes_end_the_flags(): assert values("paint", "--", "--dry", "-h") == {"canvas": "--dry", "tint": "-h"}
+
+
+def test_repeatable_flags_gather():
+    assert values("paint", "x", "--stop", "a", "--stop=-b")["stop"] == ["a", "-b"]
+
+
+def test_convert_asks_text_last():
+    assert convert("5", int | str) == 5 and convert("best", int | str) == "best" and convert("none", int | None) is None
+    with pytest.raises(ValueError, match="auto, or true or false|true or false"): convert("x", Literal["auto"] | bool)
+
+
+def strings(n: int, seed: int):
+    "`n` texts that tools like to mangle"
+    awkward = ["", "123", "[a]", "{a}", "True", "None", "-x", "-", "--", "--dry", "once # upon", "a=b", "'", '"',
+               "\\", "\n", "\0", "\x1b[31m", "\udc80", "\ud800", "é", "🙂", "\u202e", "1e5", "0x1f", "Hello, world",
+               "(1, 2)", "$HOME", "%s"]
+    rng = random.Random(seed)
+    yield from awkward
+    for _ in range(n - len(awkward)):
+        yield "".join(rng.choice([rng.choice(awkward), chr(rng.randrange(0x110000)), chr(rng.randrange(32, 127))])
+                      for _ in range(rng.randrange(12)))
+
+
+def test_texts_pass_through_fire_unchanged():
+    for text in strings(2000, seed=1):
+        front.call(*front.parse(["paint", f"--title={text}", f"--stop={text}", "--", text]))
+        assert seen["title"] == text and seen["stop"] == [text] and seen["canvas"] == text
+
+
+def test_exit_codes_and_messages(capfd, monkeypatch):
+    assert front.run(["paint", "seven"]) == 7
+    assert front.run(["paint", "x"]) == 0
+    assert capfd.readouterr() == ("", "")
+    for picture, code, says in [("busy", 75, "The wall is busy."), ("ctrl-c", 130, "interrupted"),
+                                ("bug", 1, "internal error: ZeroDivisionError"),
+                                ("full", 1, "No space left on device: /wall")]:
+        assert front.run(["hang", picture, "--title=t"]) == code
+        out, err = capfd.readouterr()
+        assert not out and says in err and "Traceback" not in err
+    monkeypatch.setenv("LLM_TRAINER_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError): front.run(["hang", "bug", "--title=t"])
+
+
+def test_messages_hold_no_control_bytes(capsys):
+    assert front.run(["paint", "x", "--\x1b[31mred\u202e"]) == 2
+    assert front.run(["p\x1b]0;evil\x07int"]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\x07" not in err and "\u202e" not in err
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["--help"], ["-h"], ["help", "paint"], ["paint", "--help"],
+                                  ["paint", "x", "-h"], ["paint", "--coluor", "-h"], ["hang", "--help"]])
+def test_help_runs_nothing_and_fits(argv, capsys):
+    seen.clear()
+    assert front.run(argv) == 0 and not seen
+    out = capsys.readouterr().out
+    assert "Usage: art" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_help_says_what_the_signature_says():
+    page = front.help(front.commands["paint"])
+    for text in ("Paint a picture", "It takes a while.", "FOLDER|FILE", "Colour\n", "--colour red|green", "[red]",
+                 "--layers N", "[3]", "--[no-]glaze", "[on]", "(may be repeated)", "--note-file FILE"):
+        assert text in page
+    assert "--n_hooks N" in front.help(front.commands["hang"]) and "[2; 1 to 9]" in front.help(front.commands["hang"])
+
+
+def test_version(capsys):
+    assert front.run(["--version"]) == 0 and capsys.readouterr().out == "art 1.2\n"
+
+
+def test_nearest():
+    assert nearest("lr", ["l_r", "dry"]) == ["l_r"] and nearest("rl", ["lr", "layers"]) == ["lr"]
+    assert not nearest("qqq", ["lr"])
+
+
+def test_completion():
+    words = lambda *argv: [w for w, _ in front.complete(list(argv))]
+    assert words("") == ["paint", "hang"] and words("pa") == ["paint"]
+    assert "--colour" in words("paint", "--") and "--colour" not in words("paint", "--colour=red", "--")
+    assert words("paint", "--colour", "") == ["red", "green"] and words("paint", "--colour", "=", "r") == ["red"]
+    assert words("paint", "--colour=g") == ["--colour=green"]
+    assert words("hang", "s") == ["sunset", "seven"] and words("nothing", "x") == []
+    for shell in ("bash", "zsh", "fish"): assert "_ART_COMPLETE=1" in front.completion_script(shell)

@@ -1,0 +1,514 @@
+"""Runs as processes: detached, queued, stopped, killed, resumed and deleted, with real signals and real kills.
+
+Where a test needs a moment that real training passes too quickly, a stand-in yields the events of a trainer slowly; it
+is driven by the same `worker.work`."""
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llm_trainer import failpoints, host, launch, worker, workspace
+from llm_trainer.checkpoint import Checkpoints
+from llm_trainer.config import load_config
+from llm_trainer.errors import BusyError, CheckpointError, DataError, NotFoundError, RunFailed, UsageError
+from llm_trainer.runs import Run, RunWriter, create_run, find_run, list_runs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    "One workspace for the tests that really train, so that the text is prepared once"
+    return workspace.init(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def space(tmp_path): return workspace.init(tmp_path / "space")
+
+
+def tiny(**kw): return load_config("tiny").replace(**{"threads": 1, "sample_every": 0, **kw})
+
+
+def until(condition, seconds=120):
+    "Waits for `condition`; what is asserted is that it comes, not when"
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+    return found
+
+
+def ended(run): return until(lambda: not run.locked and run.status())
+
+
+def event(kind, **kw): return SimpleNamespace(kind=kind, **kw)
+
+
+def step(n, epoch=None):
+    return event("step", step=n, epoch=epoch or n / 100, tokens=n, loss=1.0, lr=0.1, grad_norm=1.0,
+                 tokens_per_second=1.0, memory_bytes=1, eta_seconds=1.0)
+
+
+# -- The whole life, with the real thing --
+
+def test_a_run_lives_on_its_own_and_survives_stop_and_kill(shared):
+    run = launch.start(tiny(epochs=1000, save_every=5, eval_every=0), shared, "life", "a note")
+    state = run.status()
+    assert run.lock is None and run.locked and state["pid"] != os.getpid()
+    until(lambda: run.state()["step"] >= 3)
+    state = run.state()
+    assert os.getsid(state["pid"]) == state["pid"] and host.same_process(state)
+    os.kill(state["pid"], signal.SIGHUP)  # the terminal is gone
+    assert os.readlink(f"/proc/{state['pid']}/fd/0") == "/dev/null" if host.LINUX else True
+
+    with pytest.raises(BusyError): launch.resume(run, shared)
+    with pytest.raises(BusyError): launch.delete(run, shared)
+    seen = []
+    stopped = launch.stop(run, notify=seen.append)
+    assert stopped["status"] == "stopped" and stopped["checkpoint_step"] == stopped["step"] > 0
+    assert stopped["reason"]["code"] == "signal" and launch.stop(run) == stopped and run.asked() == set()
+
+    launch.resume(run, shared)
+    until(lambda: run.state()["attempt"] == 2 and run.state()["step"] > stopped["step"] + 5)
+    os.kill(run.state()["pid"], signal.SIGKILL)
+    until(lambda: run.status()["status"] == "crashed")
+    assert run.status()["stored_status"] == "running"
+
+    saved = launch.saved_steps(shared.checkpoints / run.id)[-1]
+    launch.resume(run, shared)
+    until(lambda: run.state()["attempt"] == 3 and run.state()["step"] > saved)
+    assert [a["from_step"] for a in run.attempts()] == [0, stopped["step"], saved]
+    assert launch.stop(run, now=True)["status"] == "stopped"
+    assert [r["step"] for r in run.metrics("train")] == list(range(1, run.metrics("train")[-1]["step"] + 1))
+    launch.delete(run, shared)
+    assert not run.folder.exists() and not (shared.checkpoints / run.id).exists()
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_with_its_own_exit_code(shared, signum, code):
+    run = launch.start(tiny(epochs=1000, save_every=0, eval_every=0), shared, background=False)
+    process = spawn(run, shared)
+    until(lambda: run.state()["step"] >= 2)
+    process.send_signal(signum)
+    assert process.wait() == code
+    state = run.status()
+    assert state["status"] == "stopped" and state["checkpoint_step"] == state["step"]
+
+
+def test_a_completed_run_exits_0_and_has_nothing_left_to_do_until_epochs_are_added(shared):
+    run = launch.start(tiny(epochs=1, max_steps=3, eval_every=0), shared, background=False)
+    shown = []
+    assert worker.work(run, shared, shown.append) == 0
+    assert run.status()["status"] == "completed" and run.meta["parameters"] > 0 and not run.locked
+    kinds = [e.kind for e in shown]
+    assert kinds[-1] == "finished" and {"phase", "prepared", "step", "saved"} <= set(kinds)
+    assert launch.plan_resume(run, shared).nothing_to_do
+    attempts = run.attempts()
+    assert launch.resume(run, shared).lock is None and run.attempts() == attempts
+
+    plan = launch.plan_resume(run, shared, more_epochs=1)
+    assert plan.target_epochs == pytest.approx(run.state()["epoch"] + 1) and plan.target_steps is None
+    again = launch.resume(run, shared, more_epochs=1, changes={"lr": 1e-3}, background=False)
+    assert again.lock.held and run.status()["status"] == "queued"
+    assert run.attempts()[-1]["changed"] == {"lr": [5e-3, 1e-3]}
+    assert worker.work(again, shared) == 0
+    assert run.state()["epoch"] == pytest.approx(plan.target_epochs, abs=0.02)
+
+
+def spawn(run, space):
+    "The real worker as a child of ours, so that its exit code can be seen"
+    process = launch._spawn(run, space)
+    run.lock.release()
+    return process
+
+
+# -- What the worker does with signals and requests, at chosen moments --
+
+STAND_IN = """
+import hashlib, os, sys, time
+sys.path.insert(0, sys.argv[1])
+from tests.test_launch import Run, event, host, step, worker, workspace
+from pathlib import Path
+run, phase, rounds = Run(Path(sys.argv[2])), sys.argv[3], int(sys.argv[4])
+run.lock = host.Lock(run.folder / "lock")
+run.lock.acquire(2)
+
+def events(writer):
+    "One step, unless the phase comes before it; then a long C call in the phase, which nothing can interrupt"
+    if phase in ("training", "evaluating", "saving", "sampling"): yield step(1)
+    yield event("phase", name=phase)
+    Path(run.folder / "busy").touch()
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", rounds)
+    while "stop" not in writer.requests(): time.sleep(0.01)
+    yield event("saved", step=1, path="p", bytes=1, seconds=0.1)
+    yield event("finished", status="stopped", code=None, message=None)
+
+sys.exit(worker.work(run, workspace.find(run.folder), events=events))
+"""
+
+
+def stand_in(space, phase, rounds=10**9):
+    run = create_run(space.runs, tiny().to_dict())
+    process = subprocess.Popen([sys.executable, "-c", STAND_IN, str(ROOT), str(run.folder), phase, str(rounds)])
+    until(lambda: (run.folder / "busy").exists())
+    return run, process
+
+
+@pytest.mark.parametrize("phase", ["downloading", "tokenizing", "compiling"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_step_a_signal_ends_the_run_inside_a_long_c_call(space, phase, signum):
+    run, process = stand_in(space, phase)
+    process.send_signal(signum)
+    assert process.wait() == 128 + signum
+    assert run.status()["status"] == "stopped" and "nothing to save" in run.state()["reason"]["message"]
+    assert run.state()["checkpoint_step"] is None
+
+
+@pytest.mark.parametrize("phase", ["training", "evaluating", "saving", "sampling"])
+def test_a_signal_shows_at_once_and_the_loop_ends_when_it_can(space, phase):
+    run, process = stand_in(space, phase, 10**6)
+    process.send_signal(signal.SIGTERM)
+    until(lambda: run.state()["phase"] == "stopping" or run.state()["status"] == "stopped")
+    assert process.wait() == 143 and run.status()["status"] == "stopped" and run.state()["checkpoint_step"] == 1
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_signal_ends_the_run_at_once(space, first, second):
+    run, process = stand_in(space, "training")
+    process.send_signal(first)
+    until(lambda: run.state()["phase"] == "stopping")
+    process.send_signal(second)
+    assert process.wait() == 128 + second
+    assert run.status()["status"] == "stopped" and "second signal" in run.state()["reason"]["message"]
+
+
+def test_a_file_in_control_is_enough_and_ends_with_0(space):
+    run, process = stand_in(space, "training", 1)
+    run.request("stop")
+    assert process.wait() == 0 and run.status()["status"] == "stopped" and run.state()["checkpoint_step"] == 1
+
+
+def test_stop_asked_twice_is_no_second_signal(space):
+    run, process = stand_in(space, "training", 10**6)
+    launch.stop(run, timeout=0)
+    launch.stop(run, timeout=0)
+    assert process.wait() == 0 and run.state()["checkpoint_step"] == 1 and run.state()["acknowledged"]["stop"]
+
+
+def test_stop_now_waits_for_nothing(space):
+    run, process = stand_in(space, "training")
+    os.kill(process.pid, signal.SIGSTOP)  # it can't even hear us
+    assert launch.stop(run, now=True)["status"] == "stopped"
+    assert process.wait() == -signal.SIGKILL and not run.locked
+
+
+def test_a_signal_to_a_forked_child_does_not_stop_the_run(space):
+    run = launch.start(tiny(), space, background=False)
+
+    def events(writer):
+        yield step(1)
+        pid = os.fork()
+        if not pid: time.sleep(60); os._exit(0)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0)[1] == signal.SIGTERM
+        time.sleep(0.2)
+        assert not writer.requests()
+        yield event("finished", status="completed", code=None, message=None)
+
+    assert worker.work(run, space, events=events) == 0
+    assert run.status()["status"] == "completed"
+
+
+def test_the_signal_handlers_are_given_back(space):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run = launch.start(tiny(), space, background=False)
+    last = event("finished", status="completed", code=None, message=None)
+    assert worker.work(run, space, events=lambda writer: iter([last])) == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# -- How runs fail --
+
+class OutOfMemoryError(RuntimeError): "As torch names it"
+
+
+@pytest.mark.parametrize("error, code, exit_code, says", [
+    (OutOfMemoryError("CUDA out of memory. Tried"), "oom", 1, "--batch-size 4 --grad-accum-steps 2"),
+    (MemoryError(), "oom", 1, "--batch-size 4"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom", 1, "--batch-size 4"),
+    (OSError(28, "No space left on device", "/x"), "disk_full", 1, "llm-trainer resume"),
+    (DataError("The corpus is empty."), "data", 2, "The corpus is empty."),
+    (UsageError("Another tokenizer."), "error", 2, "Another tokenizer."),
+    (CheckpointError("Damaged."), "error", 1, "Damaged."),
+    (RunFailed("disk_full", "No room."), "disk_full", 1, "No room."),
+    (FloatingPointError("nan"), "non_finite", 1, "nan"),
+    (KeyError("x"), "error", 1, "llm-trainer logs"),
+])
+def test_a_failure_is_stored_with_its_reason_and_what_helps(space, error, code, exit_code, says):
+    run = launch.start(tiny(), space, background=False)
+
+    def events(writer):
+        yield step(1)
+        raise error
+
+    assert worker.work(run, space, events=events) == exit_code
+    state = run.status()
+    assert (state["status"], state["reason"]["code"]) == ("failed", code) and says in state["reason"]["message"]
+    assert not run.locked and state["step"] == 1
+
+
+def test_training_that_ends_without_a_word_has_failed(space):
+    run = launch.start(tiny(), space, background=False)
+    assert worker.work(run, space, events=lambda writer: iter([step(1)])) == 1
+    assert run.status()["status"] == "failed"
+
+
+def test_divergence_is_an_ending_of_its_own(space):
+    run = launch.start(tiny(), space, background=False)
+    last = event("finished", status="diverged", code="non_finite", message="ten in a row")
+    assert worker.work(run, space, events=lambda writer: iter([last])) == 1
+    assert run.status()["status"] == "diverged" and run.state()["reason"]["code"] == "non_finite"
+
+
+def test_a_start_that_fails_holds_no_lock(space):
+    for name, point in (("a", "worker.spawn=eio"), ("b", "state.write=enospc:2"), ("c", "worker.spawn=raise")):
+        failpoints.arm(point)
+        with pytest.raises((OSError, RuntimeError)): launch.start(tiny(), space, name)
+        failpoints.arm(None)
+        assert find_run(space.runs, name).status()["status"] == "failed" and not find_run(space.runs, name).locked
+
+
+def test_a_worker_that_cannot_start_leaves_a_failed_run(space, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(OSError): launch.start(tiny(), space, "a")
+    assert find_run(space.runs, "a").status()["status"] == "failed" and not find_run(space.runs, "a").locked
+
+
+# -- The queue --
+
+def test_background_runs_wait_in_order_of_creation_without_torch(shared):
+    device = launch.Queue(shared.runs, tiny().to_dict())
+    device.claim()
+    config = tiny(epochs=1, max_steps=1, eval_every=0)
+    first, gone, third = (launch.start(config, shared, name) for name in ("q1", "q2", "q3"))
+    until(lambda: third.state()["waiting_for"] == ["q1", "q2"])
+    assert [run.status()["status"] for run in (first, gone, third)] == ["queued"] * 3
+    if host.LINUX: assert "torch" not in Path(f"/proc/{third.state()['pid']}/maps").read_text()
+    assert launch.stop(gone)["status"] == "stopped"
+    until(lambda: third.state()["waiting_for"] == ["q1"])
+    device.lock.release()
+    assert [ended(run)["status"] for run in (first, third)] == ["completed"] * 2
+    assert first.meta["prepared_at"] < third.meta["prepared_at"] and "prepared_at" not in gone.meta
+    assert sorted(os.listdir(device.folder)) == ["lock"]
+
+
+def test_a_run_without_a_ticket_does_not_wait(space):
+    launch.Queue(space.runs, tiny().to_dict()).claim()
+    run = launch.start(tiny(), space, background=False)
+    last = event("finished", status="completed", code=None, message=None)
+    assert worker.work(run, space, events=lambda writer: iter([last])) == 0
+
+
+def test_text_that_is_missing_is_a_matter_of_data(space):
+    run = launch.start(tiny(), space, background=False)
+
+    def events(writer):
+        yield event("phase", name="downloading")
+        raise NotFoundError("There is no such file.")
+
+    assert worker.work(run, space, events=events) == 3 and run.state()["reason"]["code"] == "data"
+
+
+def test_a_killed_waiter_holds_nobody_up(space):
+    device = launch.Queue(space.runs, tiny().to_dict())
+    device.claim()
+    run = launch.start(tiny(), space, "waits")
+    until(lambda: run.state()["pid"])
+    os.kill(run.state()["pid"], signal.SIGKILL)
+    until(lambda: run.status()["status"] == "crashed")
+    heir = create_run(space.runs, tiny().to_dict(), "next", locked=True)
+    device.enter(heir)
+    assert device.ahead(heir) == []
+    device.lock.release()
+    assert device.turn(heir) and not device.waits(heir)
+
+
+# -- Plans --
+
+@pytest.fixture
+def trained(space):
+    "A stopped run at step 20 of 100, half an epoch of 2, with checkpoints of steps 10 and 20"
+    run = create_run(space.runs, tiny().to_dict(), "trained", locked=True)
+    run.add_attempt(from_step=0, target_epochs=2, target_steps=None, changed={}, lr_plan=None, argv=[])
+    run.complete_meta(data={"fingerprint": "f"}, tokenizer_hash="t", resolution={"dtype": "float32"})
+    writer = RunWriter(run, run.lock)
+    writer.log(event("phase", name="training"))
+    writer.log(step(20, epoch=0.5))
+    writer.finish("stopped")
+    run.lock.release()
+    store = Checkpoints(space.checkpoints / run.id, run.id)
+    for n in (10, 20): store.save(n, lambda folder: (folder / "weights").write_bytes(b"w") and None)
+    index = '{"checkpoints": {"10": {"pins": ["best"]}, "20": {"pins": []}}}'
+    (space.checkpoints / run.id / "index.json").write_text(index)
+    return Run(run.folder)
+
+
+def test_plain_resume_continues_the_last_target(trained, space):
+    plan = launch.plan_resume(trained, space)
+    assert (plan.from_step, plan.target_epochs, plan.target_steps, plan.fork) == (20, 2, None, False)
+    trained.add_attempt(from_step=20, target_epochs=7, target_steps=None, changed={}, lr_plan="hold", argv=[])
+    assert launch.plan_resume(trained, space).target_epochs == 7
+
+
+@pytest.mark.parametrize("status, epoch, limit, expected", [
+    ("stopped", 0.5, None, 5), ("running", 0.5, None, 5), ("completed", 2.0, None, 5),
+    ("completed", 1.5, None, 4.5),  # ended early, by patience
+    ("stopped", 0.5, 40, 4)])  # 40 steps are one epoch
+def test_more_epochs_count_from_those_reached_or_planned(trained, space, status, epoch, limit, expected):
+    lock = host.Lock(trained.folder / "lock")
+    lock.acquire()
+    trained.add_attempt(from_step=20, target_epochs=2, target_steps=limit, changed={}, lr_plan=None, argv=[])
+    RunWriter(trained, lock).update(status=status, epoch=epoch)
+    lock.release()
+    assert launch.plan_resume(trained, space, more_epochs=3).target_epochs == expected
+
+
+def test_more_epochs_are_on_disk_before_anything_starts(trained, space):
+    launch.resume(trained, space, more_epochs=3, background=False).lock.release()  # as a kill -9 would
+    assert trained.status()["status"] == "crashed"
+    assert launch.plan_resume(trained, space).target_epochs == 5
+
+
+def test_an_older_step_makes_a_new_run_with_a_parent(trained, space):
+    plan = launch.plan_resume(trained, space, checkpoint="best")
+    assert plan.fork and plan.from_step == 10 and "a new run" in str(plan)
+    heir = launch.resume(trained, space, checkpoint=10, background=False)
+    assert heir.id != trained.id and heir.meta["parent"] == {"run_id": "trained", "step": 10}
+    assert heir.meta["tokenizer_hash"] == "t" and heir.config() == trained.config() and heir.lock.held
+    assert heir.attempts()[0]["from_step"] == 10 and len(trained.attempts()) == 1 and not trained.locked
+
+
+def test_what_cannot_change_is_refused_and_nothing_is_written(trained, space):
+    before = trained.attempts(), trained.state()
+    for kw, error in ((dict(changes={"n_layer": 9}), UsageError), (dict(changes={"lr": -1}), UsageError),
+                      (dict(checkpoint=15), NotFoundError), (dict(checkpoint="worst"), NotFoundError),
+                      (dict(more_epochs=0), UsageError), (dict(lr_plan="up"), UsageError)):
+        with pytest.raises(error): launch.resume(trained, space, background=False, **kw)
+    assert (trained.attempts(), trained.state()) == before and not trained.locked
+
+
+def test_a_change_that_changes_nothing_is_none(trained, space):
+    assert launch.plan_resume(trained, space, changes={"n_layer": tiny().model.n_layer}).changed == {}
+
+
+def test_a_run_without_its_settings_is_not_resumed_with_other_ones(trained, space):
+    (trained.folder / "meta.json").write_text("{")
+    with pytest.raises(CheckpointError, match="--init-from trained"): launch.plan_resume(trained, space)
+
+
+# -- Whose process is it? --
+
+def test_a_stranger_is_never_signalled(trained, space):
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    record = host.identity(stranger.pid)
+    holder = host.Lock(trained.folder / "lock")
+    forged = [dict(boot_id="yesterday's"), dict(process_start_ticks=1), dict(host="elsewhere"),
+              dict(pid_namespace="pid:[1]"), dict(pid=-1), dict(pid=0), dict(pid=1)]
+    for change in forged:
+        write(trained, {**record, "status": "running", "phase": "training", **change})
+        for now in (False, True):
+            assert launch.stop(trained, now, timeout=0)["status"] in ("crashed", "stopped")
+            holder.acquire()
+            launch.stop(trained, now, timeout=0)
+            trained.withdraw()
+            holder.release()
+    write(trained, {**record, "status": "running"})  # every mark is right, but nobody holds the lock
+    assert launch.stop(trained)["status"] == "crashed"
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+def write(run, state):
+    from llm_trainer.records import write_whole
+    write_whole(run.folder / "state.json", {**run.state(), **state})
+
+
+def _start_same(space):
+    try: return launch.start(tiny(), space, "same", background=False).lock.held
+    except (UsageError, BusyError) as e: return e.exit_code
+
+
+def _resume_same(space):
+    try: run = launch.resume(find_run(space.runs, "trained"), space, background=False)
+    except BusyError as e: return e.exit_code
+    time.sleep(1)
+    return run.lock.held
+
+
+@pytest.mark.parametrize("act", [_start_same, _resume_same])
+def test_of_several_writers_one_wins(trained, space, act):
+    with multiprocessing.get_context("fork").Pool(4) as pool: outcome = pool.map(act, [space] * 4, chunksize=1)
+    assert outcome.count(True) == 1 and set(outcome) <= {True, 75}
+    assert len(trained.attempts()) == (2 if act is _resume_same else 1)
+
+
+# -- Deleting --
+
+def test_delete_frees_checkpoints_and_follows_no_link(trained, space, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    (trained.folder / "link").symlink_to(tmp_path / "precious")
+    (space.checkpoints / trained.id / "link").symlink_to(tmp_path / "precious")
+    (space.checkpoints / trained.id / "step-00000010" / "weights").write_bytes(b"x" * 5000)
+    assert launch.delete(trained, space) > 5000
+    assert os.listdir(space.runs) == os.listdir(space.checkpoints) == [] and (tmp_path / "precious" / "file").exists()
+    with pytest.raises(NotFoundError): launch.delete(trained, space)
+
+
+def test_checkpoints_that_are_a_link_lose_only_the_link(space, tmp_path):
+    run = create_run(space.runs, tiny().to_dict(), "linked")
+    (tmp_path / "precious").mkdir()
+    (space.checkpoints / "linked").symlink_to(tmp_path / "precious")
+    launch.delete(run, space)
+    assert (tmp_path / "precious").is_dir() and not os.path.lexists(space.checkpoints / "linked")
+
+
+def test_a_name_whose_old_checkpoints_are_there_is_refused(space):
+    (space.checkpoints / "old" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(UsageError, match="earlier run old"): launch.start(tiny(), space, "old")
+    assert list_runs(space.runs) == []
+
+
+def test_launching_loads_no_torch():
+    code = ("import sys; from llm_trainer import launch, worker, runs, host;"
+            "print({'torch', 'numpy', 'pydantic'} & set(sys.modules))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def command(space, *words):
+    "The real command line, in a process of its own"
+    return subprocess.run([sys.executable, "-m", "llm_trainer.cli", *words], cwd=space.root, capture_output=True, text=True)
+
+
+def test_resume_looks_at_the_checkpoints_before_it_promises(space):
+    "Damage is found while planning: nothing is recorded, and what can't be reached is refused"
+    assert command(space, "train", "--config", "tiny", "--name", "one", "--epochs", "1").returncode == 0
+    run = find_run(space.runs, "one")
+    before, steps = run.attempts(), launch.saved_steps(space.checkpoints / "one")
+    for flags in (["--epochs", "0.1"], ["--max-steps", "3"], ["--more-epochs", "999999999999"], ["--device", "mps"]):
+        assert command(space, "resume", "one", *flags).returncode == 2
+    damage = lambda step: (space.checkpoints / "one" / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+    damage(steps[-1])
+    plan = command(space, "resume", "one", "--more-epochs", "1", "--dry-run")
+    assert plan.returncode == 0 and f"from       step {steps[-2]} of one\n" in plan.stdout
+    assert command(space, "resume", "one", "--checkpoint", str(steps[-1])).returncode == 1
+    for step in steps: damage(step)
+    assert command(space, "resume", "one", "--more-epochs", "1").returncode == 1
+    assert run.attempts() == before and run.status()["status"] == "completed"

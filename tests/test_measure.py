@@ -1,0 +1,78 @@
+"""`evaluate`: every token once, and the same figures as Hugging Face."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llm_trainer.config import ModelConfig
+from llm_trainer.errors import UsageError
+from llm_trainer.measure import measure, strided, words
+from llm_trainer.model import GPT
+from llm_trainer.tokenizer import Tokenizer, train_tokenizer
+from llm_trainer.trainer import evaluate, token_lengths
+from llm_trainer.weights import load_model, save_weights
+from llm_trainer.workspace import init
+
+
+@pytest.mark.parametrize("n", [2, 9, 64, 65, 100])
+@pytest.mark.parametrize("context, stride", [(8, 8), (8, 3), (8, 1), (64, 16)])
+def test_every_token_but_the_first_is_predicted_once_in_order(n, context, stride):
+    tokens = np.arange(n, dtype=np.uint16)
+    y = torch.cat([y.flatten() for _, y in strided(tokens, context, stride, batch_size=3)])
+    assert y[y >= 0].tolist() == list(range(1, n))
+
+
+def test_words_do_not_depend_on_where_blocks_end():
+    tokenizer, text = train_tokenizer("byte", 257, ()), "one two\n three  four five"
+    ids = np.array([*tokenizer.encode(text), tokenizer.eot_id, *tokenizer.encode("six")])
+    assert {words(ids, tokenizer, block) for block in (1, 2, 3, 7, 1000)} == {6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A Hugging Face folder with random weights and a byte tokenizer"
+    place = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    tokenizer = train_tokenizer("byte", 257, ())
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, seq_len=32), tokenizer.vocab_size)
+    for p in model.parameters(): torch.nn.init.normal_(p, 0, 0.3)
+    save_weights(model, place, tokenizer.eot_id)
+    tokenizer.save(place)
+    return place
+
+
+def test_equal_to_hugging_face(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    text = "The function returns a list of names. " * 20
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
+    theirs, nats = AutoModelForCausalLM.from_pretrained(folder).eval(), 0.0
+    with torch.no_grad():
+        for at in range(0, len(ids) - 1, 32):
+            window = ids[at:at + 33]
+            logits = theirs(window[None, :-1]).logits[0].float()
+            nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    tokenizer = Tokenizer.load(folder)
+    tokens = np.array(tokenizer.encode(text))
+    assert tokens.tolist() == ids.tolist()
+    ours = evaluate(load_model(folder), strided(tokens, 32, 32, 4), token_lengths(tokenizer))
+    assert abs(ours["loss"] - nats / (len(ids) - 1)) < 1e-4
+    assert math.isclose(ours["bits_per_byte"], nats / math.log(2) / (len(text) - 1), rel_tol=1e-4)
+
+
+def test_a_file_is_measured_whole(folder, tmp_path):
+    text = "The function returns a list of names. " * 20
+    (tmp_path / "text.txt").write_text(text)
+    quiet = lambda message: None
+    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), device="cpu", notify=quiet)
+    assert found["bytes"] == len(text) and found["tokens"] == len(text) + 1  # and one <|endoftext|>
+    assert found["words"] == 140 and found["split"] == "all"
+    with pytest.raises(UsageError, match="--data"): measure(folder, init(tmp_path), {}, notify=quiet)
+    with pytest.raises(UsageError, match="--stride"): measure(folder, init(tmp_path), {}, "x", stride=33, notify=quiet)
+
+
+def test_a_stride_gives_more_context_and_the_same_tokens(folder):
+    model, lengths = load_model(folder), token_lengths(Tokenizer.load(folder))
+    tokens = np.frombuffer(b"for x in range(10): print(x)\n" * 9, np.uint8)
+    whole, half = (evaluate(model, strided(tokens, 32, stride, 4), lengths) for stride in (32, 16))
+    assert whole["tokens"] == half["tokens"] == len(tokens) - 1 and whole["bytes"] == half["bytes"]

@@ -1,0 +1,134 @@
+"""The site: built from the notebooks with pip only, whole, and asking the network for nothing."""
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from llm_trainer.cli import front
+from llm_trainer.config import fields, profiles
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("smalldocs", reason="the site needs: pip install 'llm_trainer[docs]'")
+pytestmark = pytest.mark.xdist_group("site")
+
+
+class Page(HTMLParser):
+    "Links, resources and ids of one page"
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.resources, self.ids = [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs: self.ids.add(attrs["id"])
+        if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
+        if tag == "link" and attrs.get("href") and attrs.get("rel") != "canonical": self.resources.append(attrs["href"])
+        if tag in ("script", "img", "iframe", "source") and attrs.get("src"): self.resources.append(attrs["src"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site") / "docs"
+    done = subprocess.run([sys.executable, ROOT / "dev" / "site.py", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site): return {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+
+
+def target(page: Path, link: str, site: Path) -> Path | None:
+    "The file that a link inside the site means, None for a link that leaves it"
+    parts = urlsplit(link)
+    if parts.scheme or parts.netloc: return None
+    path = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+    assert site in (path, *path.parents), f"{page.name}: {link} leaves the folder, so it breaks under a sub-path"
+    return path / "index.html" if path.is_dir() else path
+
+
+def test_every_notebook_has_a_page(site):
+    for notebook in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" in notebook.parts: continue
+        name = re.sub(r"^\d+[a-z]?_", "", notebook.stem) if notebook.parent.name == "nbs" else f"tutorials/{notebook.stem}"
+        assert (site / f"{name}.html").is_file(), notebook
+
+
+def test_every_internal_link_and_anchor_resolves(site, pages):
+    wrong = []
+    for path, page in pages.items():
+        for link in page.links:
+            found = target(path, link, site)
+            if found is None: continue
+            fragment = unquote(urlsplit(link).fragment)
+            if not found.is_file(): wrong.append(f"{path.name}: {link}")
+            elif fragment and found.suffix == ".html" and fragment not in pages[found].ids: wrong.append(f"{path.name}: no anchor {link}")
+    assert not wrong
+
+
+def test_nothing_is_fetched_from_elsewhere(site, pages):
+    for path, page in pages.items():
+        for link in page.resources:
+            found = None if link.startswith("data:") else target(path, link, site)
+            assert link.startswith("data:") or (found and found.is_file()), f"{path.name}: {link}"
+    for css in site.rglob("*.css"):
+        urls = re.findall(r"url\(\s*['\"]?([^'\")]+)|@import\s+['\"]([^'\"]+)", css.read_text(encoding="utf-8"))
+        assert not [u for pair in urls for u in pair if re.match(r"(https?:)?//", u)], css
+
+
+def test_chapters_keep_their_opening_and_their_source(site):
+    text = (site / "model.html").read_text(encoding="utf-8")
+    assert "letters mean the same sizes" in re.sub(r"\s+", " ", text)
+    assert "scaled_dot_product_attention" in text
+
+
+def test_maths_needs_no_script(site, pages):
+    assert "<math" in (site / "live.html").read_text(encoding="utf-8")
+    assert not any("katex" in link.lower() for page in pages.values() for link in page.resources)
+
+
+def test_every_command_and_flag_is_explained(site):
+    text = (site / "commands.html").read_text(encoding="utf-8")
+    for name, command in front.commands.items():
+        assert f'id="{name}"' in text, name
+        for flag in command.flags.values():
+            if not flag.hidden and not flag.note and not flag.positional: assert flag.spelling in text, f"{name} {flag.spelling}"
+
+
+def test_every_setting_and_profile_is_explained(site):
+    text = (site / "configuration.html").read_text(encoding="utf-8")
+    for knob in fields().values(): assert f"<code>{knob.name}</code>" in text, knob.name
+    for name in profiles(ROOT / "configs"): assert f'id="{name}"' in text, name
+
+
+def test_search_knows_the_functions(site):
+    entries = json.loads((site / "search.json").read_text(encoding="utf-8"))
+    assert any("generate" in (e["title"] + e["section"]).lower() for e in entries)
+    assert {e["href"].split("#")[0] for e in entries} >= {"index.html", "model.html", "commands.html", "configuration.html"}
+
+
+def test_sidebar_lists_every_page(site, pages):
+    listed = {target(site / "index.html", link, site) for link in pages[site / "index.html"].links}
+    assert set(pages) <= listed
+
+
+def test_readme_is_made_from_the_index():
+    assert subprocess.run([sys.executable, ROOT / "dev" / "readme.py", "--check"]).returncode == 0
+
+
+def test_readme_links_exist():
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        if not urlsplit(link).scheme: assert (ROOT / link.split("#")[0]).exists(), link
+
+
+def test_the_picture_is_the_one_its_program_draws(tmp_path):
+    sys.path.insert(0, str(ROOT / "dev"))
+    try: import picture
+    finally: sys.path.pop(0)
+    assert picture.draw() == (ROOT / "nbs" / "overview.svg").read_text(encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The loop on a real model: accumulation, patience, skipped steps, requests, precision."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from llm_trainer.batches import Stream, Windows, val_batches
+from llm_trainer.config import load_config
+from llm_trainer.device import resolve, seed_everything
+from llm_trainer.model import GPT
+from llm_trainer.optimizer import LRPlan, build_optimizer
+from llm_trainer.trainer import Trainer, accumulate
+
+TOKENS = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, np.uint8).astype(np.uint16)
+
+
+def trainer(steps=6, **settings):
+    config = load_config("tiny").replace(**dict(save_every=0, eval_every=0, sample_every=0, warmup_steps=0) | settings)
+    t = config.training
+    resolution = resolve(t); resolution.apply(); seed_everything(t.seed)
+    windows = Windows(TOKENS, config.model.seq_len)
+    made = GPT(config.model, 256)
+    return Trainer(made, build_optimizer(made, t), LRPlan.from_config(t, steps), Stream(windows, t.batch_size, t.seed), t, resolution,
+                   target_position=10**9, target_step=steps, lengths=torch.ones(256, dtype=torch.long),
+                   validation=lambda: val_batches(windows, t.batch_size, 1))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_32_batches_of_one_are_one_batch_of_32(arch):
+    x, y = Windows(TOKENS, 64).batch(range(32))
+    y[-1, 40:] = -100  # the masked tail of a corpus
+    found = []
+    for size in (32, 1):
+        t = trainer(arch=arch)
+        loss, targets = accumulate(t.model.loss, list(zip(x.split(size), y.split(size))), t.device, t.resolution.autocast)
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in t.model.parameters()])))
+    (whole, a), (parts, b) = found
+    assert targets == 32 * 64 - 24 and abs(whole - parts) <= 1e-6 * whole
+    assert (a - b).norm() <= 1e-6 * a.norm()
+
+
+def test_the_trajectory_is_the_same_with_either_split():
+    losses = [[e.loss for e in trainer(batch_size=b, grad_accum_steps=32 // b) if e.kind == "step"] for b in (32, 1)]
+    assert np.allclose(*losses, rtol=1e-5)
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better():
+    t = trainer(steps=50, patience=2, lr=1e-9, min_lr=0, eval_every=1)
+    t.progress.best_val_loss = 0.0
+    *_, last = t
+    assert (last.status, last.code, t.progress.step) == ("completed", "patience", 2)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on():
+    t = trainer(steps=5)
+    real, calls = t.loss, iter(range(100))
+    t.loss = lambda *a, **k: real(*a, **k) * (math.nan if next(calls) == 2 else 1)
+    events = list(t)
+    assert [(e.step, e.what) for e in events if e.kind == "skipped"] == [(3, "loss")]
+    assert events[-1].status == "completed" and t.progress.skipped == 1
+    assert all(torch.isfinite(p).all() for p in t.model.parameters())
+
+
+def test_ten_in_a_row_are_diverged():
+    t = trainer(steps=50)
+    real = t.loss
+    t.loss = lambda *a, **k: real(*a, **k) * math.inf
+    before = [p.clone() for p in t.model.parameters()]
+    *_, last = t
+    assert (last.status, last.code, t.progress.step) == ("diverged", "non_finite", 10)
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_precision_learns(dtype):
+    t = trainer(steps=30, dtype=dtype)
+    losses = [e.loss for e in t if e.kind == "step" and e.loss is not None]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_clipping_bounds_the_gradient_that_is_used():
+    t = trainer(steps=1, grad_clip=0.01)
+    step = next(e for e in t if e.kind == "step")
+    used = torch.cat([p.grad.flatten() for p in t.model.parameters()]).norm()
+    assert step.grad_norm > 0.1 and used <= 0.0101

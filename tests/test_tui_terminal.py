@@ -1,0 +1,162 @@
+"""The watcher with real processes: a run that trains while it is watched, and a terminal whose every byte is counted."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from textual.widgets import Input, Select
+from tui_world import CONTROL, RUNNING, World, press, shows, text_of, told, until
+
+from llm_trainer.runs import Run
+
+
+async def test_start_watch_resume_stop_and_generate(tmp_path):
+    """Someone starts a model from the form, sees it finish, trains on, sees the numbers move, stops it, writes with it."""
+    world = World(tmp_path, recorded=False)
+    run = Run(world.space.runs / "first-try")
+    app = world.app(clock=time.time, interval=0.2)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await shows(pilot, "No run yet")
+        await press(pilot, "n")
+        await shows(pilot, "[model]")
+        app.screen.query_one("#profile", Select).value = "tiny"
+        await until(pilot, lambda: app.screen.query_one("#value-n_embd", Input).value == "32")
+        app.screen.query_one("#value-epochs", Input).value = "1"
+        app.screen.query_one("#run-name", Input).value = "first-try"
+        app.screen.query_one("#note", Input).value = "my first model"
+        await shows(pilot, "1 changed")
+        await press(pilot, "ctrl+s")
+        await shows(pilot, "first-try", "my first model", seconds=60)
+        await shows(pilot, "✓ completed", "epoch 1.0/1", "validation", seconds=120)
+
+        await press(pilot, "e")
+        await shows(pilot, "nothing left to train")
+        await press(pilot, *"300")
+        await shows(pilot, "The plan", "epoch 301", "more, about", seconds=60)
+        await press(pilot, "enter")
+        await shows(pilot, "● training", "ETA", seconds=120)
+        first = app.screen.row.step
+        await until(pilot, lambda: app.screen.row.step > first and app.screen.row.loss is not None, 60)
+        drawn = app.screen.reader.curves.train.last("step")
+        await until(pilot, lambda: app.screen.reader.curves.train.last("step") > drawn, 60)
+
+        await press(pilot, "w")
+        await told(pilot, "will save")
+        saved = app.screen.row.checkpoint
+        await until(pilot, lambda: app.screen.row.checkpoint > saved, 60)
+        await press(pilot, "x")
+        await shows(pilot, "Stop first-try?")
+        await press(pilot, "right", "enter")
+        await shows(pilot, "■ stopped", "Press e to go on", seconds=60)
+        assert not run.locked
+
+        await press(pilot, "g")
+        await shows(pilot, "^g writes")
+        app.screen.query_one("#knob-max_new_tokens", Input).value = "12"
+        await press(pilot, "ctrl+g")
+        await shows(pilot, "12 tokens in", "as long as asked", seconds=120)
+        process, text = app.generator.process, app.screen.text
+        assert text and not CONTROL.search(text_of(app))
+        await press(pilot, "ctrl+g")
+        await until(pilot, lambda: app.generator.number == 2 and not app.screen.busy, 60)
+        assert app.generator.process is process and process.returncode is None
+        app.screen.query_one("#knob-temperature", Input).value = "-1"
+        await press(pilot, "ctrl+g")
+        await shows(pilot, "temperature must be")
+        app.screen.query_one("#knob-temperature", Input).value = "hot"
+        await press(pilot, "ctrl+g")
+        await shows(pilot, "temperature must be a number")
+        process.kill()
+        await process.wait()
+        app.screen.query_one("#knob-temperature", Input).value = "1"
+        await press(pilot, "ctrl+g")
+        await shows(pilot, "12 tokens in", seconds=120)
+        child = app.generator.process
+    assert child.returncode is not None
+
+
+SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\]22;[a-z-]*\x07")  # Textual's own: CSI, and the shape of the pointer
+EVIL = "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x9b2J\u202e\x08[/][bold]owned[/]"
+
+
+class Feeder(threading.Thread):
+    """Writes what a training process writes, four times a second, with text that would like to reach the terminal."""
+
+    def __init__(self, folder: Path):
+        super().__init__(daemon=True)
+        self.folder, self.done = folder, threading.Event()
+        self.state = json.loads((folder / "state.json").read_text())
+
+    def run(self) -> None:
+        step = self.state["step"]
+        while not self.done.wait(0.25):
+            step += 1
+            self.state.update(step=step, steps=9000, loss=2 + 50 / step, progress_at=time.time(), heartbeat=time.time(),
+                              eta_seconds=9000 - step, tokens_per_second=8000 + step % 100)
+            (self.folder / ".next").write_text(json.dumps(self.state))
+            os.replace(self.folder / ".next", self.folder / "state.json")
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"kind": "train", "attempt": 1, "step": step, "time": time.time(), "loss": 2 + 50 / step,
+                                       "lr": 1e-3, "tokens": step * 2048}) + "\n")
+            with open(self.folder / "train.log", "a") as file: file.write(f"step {step} {EVIL}\n")
+            with open(self.folder / "samples.jsonl", "a") as file:
+                if step % 4 == 0: file.write(json.dumps({"step": step, "prompt": "x", "text": EVIL * 3}) + "\n")
+
+
+def tmux(socket: str, *words: str) -> str:
+    return subprocess.run(["tmux", "-L", socket, *words], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_bytes_on_a_slow_line_and_no_sequence_from_data(tmp_path):
+    world = World(tmp_path / "space")
+    (world.space.runs / RUNNING / "notes.txt").write_text(EVIL)
+    feeder, stream, go = Feeder(world.space.runs / RUNNING), tmp_path / "stream", tmp_path / "go"
+    code = f"import sys; from llm_trainer.tui.app import watch; sys.exit(watch({str(world.space.root)!r}))"
+    shell = f'while [ ! -e {go} ]; do sleep 0.1; done; COLORTERM=truecolor exec {sys.executable} -c "{code}"'
+    socket = f"llm-trainer-test-{os.getpid()}"
+    seen = lambda: tmux(socket, "capture-pane", "-p")
+
+    def wait(*parts: str) -> None:
+        for _ in range(300):
+            if all(part in seen() for part in parts): return
+            time.sleep(0.1)
+        raise AssertionError(seen())
+    feeder.start()
+    try:
+        tmux(socket, "-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", shell)
+        tmux(socket, "pipe-pane", "-o", f"cat > {stream}")
+        go.touch()
+        wait(RUNNING, "● training")
+        rates = {}
+        for part, key, sign in (("runs", "", RUNNING), ("loss", "Enter", "1 Loss"), ("rates", "2", "gradient norm"),
+                                ("samples", "3", "[bold]owned"), ("log", "4", "[bold]owned")):
+            if key: tmux(socket, "send-keys", key)
+            wait(sign)
+            time.sleep(0.5)
+            before, started = stream.stat().st_size, time.monotonic()
+            time.sleep(3)
+            rates[part] = (stream.stat().st_size - before) / (time.monotonic() - started)
+        tmux(socket, "send-keys", "q")
+        for _ in range(100):
+            if b"\x1b[?1049l" in stream.read_bytes(): break
+            time.sleep(0.1)
+    finally:
+        feeder.done.set()
+        subprocess.run(["tmux", "-L", socket, "kill-server"], capture_output=True)
+        world.close()
+    print({part: f"{rate:,.0f} B/s" for part, rate in rates.items()})
+    assert all(0 < rate < 20_000 for rate in rates.values()), rates
+    text = stream.read_bytes().decode("utf-8", "replace")
+    rest = SEQUENCE.sub("", text).replace("\r", "").replace("\n", "")
+    found = CONTROL.findall(rest)
+    assert not found, [rest[max(0, m.start() - 30):m.end() + 40] for m in CONTROL.finditer(rest)][:6]
+    assert "]0;owned" not in text and "owned" in text

@@ -1,0 +1,383 @@
+"""Files, names and settings from a stranger.
+
+Nothing in them executes, nothing is allocated on a file's word, nothing leaves its folder, and every refusal is one
+of our own messages.
+"""
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import string
+import sys
+import tarfile
+import tempfile
+import zipfile
+from functools import lru_cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+
+from llm_trainer import show, terminal
+from llm_trainer.checkpoint import read_tensors, verify
+from llm_trainer.config import Config, DataConfig, fields, load_config
+from llm_trainer.data import open_corpus
+from llm_trainer.errors import LLMTrainerError
+from llm_trainer.model import GPT
+from llm_trainer.runs import RUN_ID, create_run, find_run, list_runs
+from llm_trainer.tokenizer import Tokenizer, train_tokenizer
+from llm_trainer.weights import load_model, save_weights
+
+from .battery import cases, kept_folder, trial
+from .children import in_child
+from .store import small_store
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, seq_len=16)
+_kept: dict[str, Path] = {}
+
+
+def _pattern() -> Path:
+    "One of each file that we load, made once per process: a store, a model folder, a tokenizer, corpora, a profile"
+    if "files" in _kept and _kept["files"].exists(): return _kept["files"]
+    root = _kept["files"] = kept_folder("torture-files-")
+    small_store(root, steps=(10, 20))
+    tokenizer = train_tokenizer("bpe", 300, ["a small text about nothing, " * 20])
+    config = Config.from_dict({"model": TINY}).model
+    (root / "model").mkdir()
+    save_weights(GPT(config, tokenizer.vocab_size), root / "model", tokenizer.eot_id)
+    tokenizer.save(root / "model")
+    corpus = root / "corpus"
+    corpus.mkdir()
+    documents = [f"Document {i} says something of its own." for i in range(40)]
+    (corpus / "a.txt").write_text("\n\n".join(documents))
+    (corpus / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), corpus / "a.parquet")
+    load_model(root / "model")  # what this imports, children needn't
+    (root / "profile.toml").write_text("[model]\nn_layer = 2\n[training]\nlr = 1e-3\n")
+    return root
+
+
+# Bytes that want to run, or to be big ---------------------------------------------------------------------------------
+
+class Bomb:
+    "Unpickling it runs a command"
+    def __init__(self, sentinel: Path): self.sentinel = sentinel
+    def __reduce__(self): return os.system, (f"touch {self.sentinel}",)
+
+
+def pickles(sentinel: Path) -> dict[str, bytes]:
+    "Every way a pickle gets at code, and the containers torch reads them from"
+    bomb = Bomb(sentinel)
+    found = {f"pickle {p}": pickle.dumps(bomb, protocol=p) for p in range(6)}
+    found["global"] = b"cposix\nsystem\n(S'touch %s'\ntR." % str(sentinel).encode()
+    found["build"] = b"\x80\x02ccopyreg\n_reconstructor\n(cbuiltins\nobject\nh\x01NtR}X\x01\x00\x00\x00ac" + found["global"][1:] + b"sb."
+    found["inst"] = b"(S'touch %s'\niposix\nsystem\n." % str(sentinel).encode()
+    for zipped in (True, False):
+        buffer = io.BytesIO()
+        torch.save({"model": bomb, "w": torch.ones(2)}, buffer, _use_new_zipfile_serialization=zipped)
+        found[f"torch zip {zipped}"] = buffer.getvalue()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            info = tarfile.TarInfo(name)
+            info.size = len(found["pickle 2"])
+            tar.addfile(info, io.BytesIO(found["pickle 2"]))
+    found["legacy tar"] = buffer.getvalue()
+    code = f"import os; os.system('touch {sentinel}')".encode()
+    return {**found, "python": code, "npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
+            .ljust(128) + found["pickle 4"], "shebang": b"#!/bin/sh\ntouch %s\n" % str(sentinel).encode()}
+
+
+@lru_cache(maxsize=1)
+def bombs() -> dict[str, bytes]:
+    "Small files that want to be big"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("data.pkl", bytes(200 << 20))
+    nested = io.BytesIO()
+    with zipfile.ZipFile(nested, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("inner.zip", buffer.getvalue())
+    claim = lambda length, text=b"{}": length.to_bytes(8, "little") + text
+    tensor = lambda shape, end: json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+    lie = lambda shape, end: claim(len(tensor(shape, end)), tensor(shape, end))
+    many = json.dumps({f"w{i}": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]} for i in range(100_000)}).encode()
+    config = lambda **more: json.dumps({"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16,
+                                        "vocab_size": 300, **more}).encode()
+    big = 10**12
+    regex = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "(a*)*" * 50 + "$"}, "behavior": "Isolated",
+                                                    "invert": False}, {"type": "ByteLevel", "add_prefix_space": False}]}
+    model = {"type": "BPE", "vocab": {chr(97 + i): i for i in range(26)}, "merges": []}
+    tokenizer = lambda **more: json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": regex, "post_processor": None, "decoder": None, "model": model, **more}).encode()
+    return {
+        "zip bomb": buffer.getvalue(), "nested zip": nested.getvalue(), "header 2^63": claim(2**63), "header 2^64-1": claim(2**64 - 1),
+        "header to the end": claim(10, b"{" + b" " * 9), "deep list": b"[" * 1_000_000, "deep object": b'{"a":' * 200_000,
+        "deep header": claim(500_000, b"[" * 500_000), "huge tensor": lie([10**9, 10**9], 4 * 10**18), "huge shape": lie([2**62, 4], 0),
+        "empty huge": lie([0, 2**62], 0), "many dimensions": lie([1] * 100_000, 4), "many tensors": claim(len(many), many) + bytes(4),
+        "long number": b'{"n_layer": ' + b"9" * 1_000_000 + b"}", "NaN": b'{"step": NaN, "n_embd": Infinity}', "empty": b"",
+        "zeros": bytes(1 << 20), "noise": random.Random(1).randbytes(1 << 16), "no end": b'{"a": "' + b"x" * (1 << 20),
+        "surrogates": b'{"\\ud800": "\\udfff"}', "utf16": '{"a": 1}'.encode("utf-16"), "null name": b'{"\\u0000": 1}',
+        "wide": config(n_embd=big, n_head=1), "deep": config(n_layer=big), "long": config(n_positions=big), "words": config(vocab_size=big),
+        "negative": config(n_layer=-1), "zero": config(n_embd=0), "text": config(n_layer="2"), "float": config(n_layer=2.5),
+        "remote code": config(auto_map={"AutoModelForCausalLM": "evil.Model"}, trust_remote_code=True),
+        "qwen": json.dumps({"model_type": "qwen3", "hidden_size": big, "num_hidden_layers": big}).encode(),
+        "shards": json.dumps({"weight_map": {"wte.weight": "../../../../etc/passwd"}}).encode(), "regex": tokenizer(),
+        "normalizer": tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": "(a|a)*" * 40}, "content": "aa" * 1000}),
+        "template": tokenizer(chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        "id gap": tokenizer(model={**model, "vocab": {"a": 0, "b": 2**31}}), "id far": tokenizer(model={**model, "vocab": {"a": 2**62}}),
+        "merges": tokenizer(model={**model, "merges": [["zz", "qq"]] * 1000}), "yaml": b"a: &a [x,x]\nb: &b [*a,*a]\n" * 1000,
+        "toml": b"[" + b"a." * 20_000 + b"b]\n", "toml list": b"n_layer = " + b"[" * 20_000,
+    }
+
+
+TARGETS = {
+    "tensors": ("calm-heron-0001/step-00000020/state/optimizer.safetensors", lambda root, path: read_tensors(path)),
+    "manifest": ("calm-heron-0001/step-00000020/manifest.json", lambda root, path: verify(path.parent)),
+    "index": ("calm-heron-0001/index.json", lambda root, path: small_store(root, steps=()).select("best")),
+    "weights": ("model/model.safetensors", lambda root, path: load_model(path.parent)),
+    "shards": ("model/model.safetensors.index.json", lambda root, path: load_model(path.parent)),
+    "model config": ("model/config.json", lambda root, path: load_model(path.parent)),
+    "foreign weights": ("model/pytorch_model.bin", lambda root, path: (path.with_name("model.safetensors").unlink(),
+                                                                      load_model(path.parent))),
+    "tokenizer": ("model/tokenizer.json", lambda root, path: Tokenizer.load(path.parent).encode("aaaa aaaa " * 500)),
+    "tokenizer config": ("model/tokenizer_config.json", lambda root, path: Tokenizer.load(path.parent).encode("aaaa")),
+    "text": ("corpus/a.txt", lambda root, path: _read_corpus(path, root)),
+    "jsonl": ("corpus/a.jsonl", lambda root, path: _read_corpus(path, root)),
+    "parquet": ("corpus/a.parquet", lambda root, path: _read_corpus(path, root)),
+    "script": ("corpus/corpus.py", lambda root, path: _read_corpus(path.parent, root)),
+    "profile": ("profile.toml", lambda root, path: load_config(str(path), configs=root)),
+}
+
+
+def _read_corpus(path: Path, root: Path) -> None:
+    corpus = open_corpus(DataConfig(dataset=str(path)), root / "data", lambda text: None)
+    for split in ("train", "val"): sum(map(len, corpus.documents(split)))
+
+
+def _mutate(rng: random.Random, data: bytes) -> bytes:
+    "Damage that keeps most of a file: bytes changed, cut, doubled, numbers blown up"
+    data = bytearray(data)
+    for _ in range(rng.randrange(1, 8)):
+        spot, n = rng.randrange(len(data) + 1), rng.randrange(1, 40)
+        match rng.randrange(5):
+            case 0: data[spot:spot + n] = rng.randbytes(n)
+            case 1: del data[spot:spot + n]
+            case 2: data[spot:spot] = data[max(0, spot - n):spot]
+            case 3: data[spot:spot + 1] = rng.choice([b"9" * 19, b"-1", b"null", b"[]", b'"', b"}", b"\xff\xfe", b"\0", b"1e999", b"{"])
+            case 4: data = data[:spot] if rng.random() < .2 and spot else data
+    return bytes(data)
+
+
+@trial("T14", goal=6000, slice=112, share=1.5, chunk=56)
+@cases
+def malicious(case: int) -> str | None:
+    """malicious and mutated files (pickles, zips, bombs, lying headers, regexes, scripts) on every load path: nothing
+    executed, < 500 MB, refused by one of our messages"""
+    rng = random.Random(f"malicious {case}")
+    target = list(TARGETS)[case % len(TARGETS)]
+    name, load = TARGETS[target]
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        root, sentinel = Path(tmp) / "files", Path(tmp) / "sentinel"
+        shutil.copytree(_pattern(), root)
+        path = root / name
+        whole = path.read_bytes() if path.exists() else b"{}"
+        payloads = {**pickles(sentinel), **bombs()}
+        kind = list(payloads)[case // len(TARGETS)] if case < len(TARGETS) * len(payloads) else "mutated"
+        path.write_bytes(_mutate(rng, whole) if kind == "mutated" else payloads[kind])
+
+        def act():
+            try: load(root, path)
+            except LLMTrainerError as e: return e
+        ended = in_child(act, limit=60)
+        if sentinel.exists(): return f"{target} from {kind}: EXECUTED"
+        if ended.code:
+            return f"{target} from {kind}: ended {ended.code} after {ended.seconds:.1f} s: {ended.said[-600:]}"
+        if ended.grew > 500 << 20: return f"{target} from {kind}: took {ended.grew >> 20} MB"
+
+
+# Names and paths ------------------------------------------------------------------------------------------------------
+
+NAMES = ["../x", "..", ".", "/etc/passwd", "a/../../x", "a\0b", "CON", "nul", "a" * 300, "12e4567", "0x1f",
+         "20260802", "-rf", "--help", "a b", "a\nb", "\u202eabc", "a\u200fb", "é", "A", "a/b", "a//", "~", "$HOME",
+         "`id`", "a;rm", "a*", "a?", "[a]", "", " ", "a.b", "link", "outside", "a\\b", "%2e%2e", "..%2f", "\ud800",
+         "a\r", "\x1b[2J"]
+_WATCHED = {"open": (), "os.mkdir": (2,), "os.rename": (2, 3), "os.remove": (1,), "os.rmdir": (1,), "os.symlink": (), "os.link": (2, 3),
+            "os.chmod": (2,), "os.truncate": ()}  # event → where its folder descriptors are among the arguments
+
+
+def _watch_writes(root: Path) -> list[str]:
+    "From now on, note every write of this process outside `root`"
+    outside: list[str] = []
+    os.chdir(root)
+
+    def hook(event, args):
+        if event not in _WATCHED or not isinstance(args[0], (str, bytes, os.PathLike)): return
+        if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT): return
+        for n, place in enumerate(args[:2] if event in ("os.rename", "os.link", "os.symlink") else args[:1]):
+            if event == "os.symlink" and n == 0: continue
+            fd = args[_WATCHED[event][n]] if _WATCHED[event] else -1
+            place = Path(os.readlink(f"/proc/self/fd/{fd}") if isinstance(fd, int) and fd >= 0 else root) / os.fsdecode(place)
+            real = os.path.realpath(place) if event == "open" else os.path.join(os.path.realpath(place.parent), place.name)
+            if not Path(real).is_relative_to(root) and real != os.devnull: outside.append(f"{event} {real}")
+    sys.addaudithook(hook)
+    return outside
+
+
+@trial("T13", goal=5000, slice=100, chunk=100)
+@cases
+def names(case: int) -> str | None:
+    """run names and paths (.., absolute, NUL, links, CON, 300 characters, bidi, numbers): refused or found, never a
+    write outside the folder (audited)"""
+    rng = random.Random(f"names {case}")
+    name = NAMES[case] if case < len(NAMES) else "".join(rng.choice("./\\~$a-zé\0\u202e" + string.printable)
+                                                         for _ in range(rng.choice([1, 2, 5, 20, 70])))
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        root = Path(tmp).resolve() / "runs"
+        root.mkdir()
+        secret = root.parent / "outside"
+        secret.mkdir()
+        (secret / "meta.json").write_text("{}")
+        (root / "link").symlink_to(secret)
+        try: (root / name).symlink_to(secret)
+        except (OSError, ValueError): pass
+
+        def act():
+            outside = _watch_writes(root)
+            for attempt in (lambda: find_run(root, name), lambda: create_run(root, {}, name=name), lambda: list_runs(root)):
+                try: made = attempt()
+                except LLMTrainerError: continue
+                for run in made if isinstance(made, list) else [made]:
+                    if run.folder.is_symlink() or run.folder.parent != root or not RUN_ID.fullmatch(run.id):
+                        return f"{name!r} became {run.folder}"
+                    try: run.request("stop")
+                    except OSError: pass
+                    run.state(), run.metrics(), run.log_tail()
+            return f"{name!r} wrote outside: {outside}" if outside else ""
+        ended = in_child(act)
+        if ended.code or ended.said: return f"{name!r}: {ended.said[-500:]}"
+        if sorted(os.listdir(secret)) != ["meta.json"]: return f"{name!r} left something outside"
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+ODD = ["nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "0", "-1", "-0.0", str(2**63), str(10**30), "1_000",
+       "0x10", "true", "false", '""', '"auto"', '"' + "x" * 5000 + '"', '"\\u0000"', '"../.."', "[]", "[1]", "{}",
+       "{a = 1}", "[[[[[[]]]]]]", "1979-05-27", "'''a\nb'''", '"nan"', '"1"', '"🙂"', "2.5", "3.0"]
+
+
+@trial("T12", goal=20000, slice=300, chunk=500)
+@cases
+def settings(case: int) -> str | None:
+    """settings of odd type, range and nesting, in profiles and as flags: rejected with the key named (< 1 s of work, <
+    200 MB), or a config that survives its own round trip"""
+    rng, knobs = random.Random(f"settings {case}"), list(fields().values())
+    lines: dict[str, list[str]] = {}
+    touched = []
+    for _ in range(rng.randrange(1, 4)):
+        knob = rng.choice(knobs)
+        name = knob.name if rng.random() < .8 else rng.choice([knob.name.upper(), knob.name[:-1], "x" * 100, '"é"', '"\\u001b[2J"'])
+        value = rng.choice(ODD) if rng.random() < .8 else str(rng.uniform(-1e6, 1e6))
+        table = knob.group if rng.random() < .9 else rng.choice(["model", "train", "data.x", '"\\u202e"'])
+        lines.setdefault(table, []).append(f"{name} = {value}")
+        touched.append(knob)
+    text = "\n".join(f"[{table}]\n" + "\n".join(rows) for table, rows in lines.items())
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        path = Path(tmp) / "odd.toml"
+        path.write_text(text)
+        odd = [None, -1, 0, 10**20, 1e308, float("nan"), "", "x", True, [], {}]
+        flags = {k.name: rng.choice(odd) for k in touched if rng.random() < .3}
+        try: config = load_config(str(path), flags, Path(tmp))
+        except LLMTrainerError as e:
+            message = str(e)
+            if terminal.clean(message) != message: return f"control bytes in the message for {text!r}"
+            if "odd.toml" not in message and not any(f"--{name}" in message for name in flags):
+                return f"no file named: {message}"
+            return None
+        if Config.from_dict(json.loads(json.dumps(config.to_dict()))) != config:
+            return f"no round trip: {text!r} {flags}"
+
+
+# Text for a terminal --------------------------------------------------------------------------------------------------
+
+EVIL = ["\x1b[2J", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1bP1$r\x1b\\", "\x9b31m", "\x9d8;;http://x\x9c",
+        "\u202e", "\u2066", "\u200f", "\x07", "\x08" * 9, "\r", "\x00", "\x7f", "\ud800", "[/]", "[bold]",
+        "[@click=app.quit]x[/]", "\x1b", "\x1b[", "\x1b]8;;", "\x85", "\u2028"]
+
+
+def unclean(text: str) -> list[str]:
+    "Characters that a terminal acts on, or that reorder text"
+    return sorted({hex(ord(c)) for c in text if c not in "\n\t" and
+                   (ord(c) < 32 or 0x7f <= ord(c) < 0xa0 or 0x2028 <= ord(c) <= 0x202e or 0x2066 <= ord(c) <= 0x2069
+                    or ord(c) in (0x61c, 0x200e, 0x200f) or 0xd800 <= ord(c) < 0xe000)})
+
+
+@trial("T15", goal=5000, slice=150, chunk=100)
+@cases
+def escapes(case: int) -> str | None:
+    """control bytes in run records, logs, errors and generated text: none reaches the lines that `status`, `runs` and
+    `logs` print"""
+    rng = random.Random(f"escapes {case}")
+    word = lambda: "".join(rng.choice([*EVIL, "plain ", "é", "🙂", "x" * rng.randrange(40)]) for _ in range(rng.randrange(1, 6)))
+    if left := unclean(terminal.clean(word())): return f"clean() left {left}"
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        run = create_run(Path(tmp), {"data": {"dataset": word()}}, name="evil", note=word(), argv=[word()])
+        state = {**json.loads((run.folder / "state.json").read_text()), "status": rng.choice(["failed", "running", word()]),
+                 "phase": word(), "device": word(), "host": word(), "reason": {"code": word(), "message": word()},
+                 "acknowledged": {word(): word()}, "loss_history": [word(), 1.0], "run_id": word(), "waiting_for": [word()]}
+        odd = [None, True, -1, 2**70, 1e308, word(), [], [word()], {}, [{}]]
+        for key in rng.sample(sorted(state), rng.randrange(6)): state[key] = rng.choice(odd)
+        (run.folder / "state.json").write_text(json.dumps(state))
+        (run.folder / "train.log").write_bytes("\n".join(word() for _ in range(5)).encode("utf-8", "surrogatepass") + rng.randbytes(40))
+        (run.folder / "metrics.jsonl").write_text(json.dumps({"kind": word(), "step": 1, word(): 2}) + "\n")
+        status, log = run.status(), run.log_tail(20)
+        shown = "\n".join([show.card(status, run.meta, log), show.line(status), show.table([status]), *log, run.notes()])
+        if left := unclean(shown): return f"{left} in {shown!r:.600}"
+
+
+# HTML -----------------------------------------------------------------------------------------------------------------
+
+HTML = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre><script>1</script>", '" onmouseover="x',
+        "' onfocus='x", "<svg/onload=1>", "javascript:alert(1)", "<a href=javascript:1>x</a>", "</script>", "<!--",
+        "]]>", "<style>*{}</style>", "<iframe src=//x>", "&lt;script&gt;", "<scr\0ipt>", "<ScRiPt >",
+        "<x onclick\n=1>", "\u2028<b>", "<math><mi//xlink:href='data:x'>", "<form action=x><button>", "%3Cscript%3E",
+        "<base href=//x>"]
+
+
+class Obedient(HTMLParser):
+    "A parser that notes everything a browser would obey"
+    fine = {"div", "b", "br", "pre", "span"}
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.faults, self.text = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.fine: self.faults.append(f"<{tag}>")
+        for name, value in attributes:
+            if name != "style" or "url(" in (value or "") or "expression" in (value or ""): self.faults.append(f"{name}={value}")
+
+    def handle_data(self, data): self.text.append(data)
+    def handle_comment(self, data): self.faults.append("<!-- -->")
+    def handle_decl(self, data): self.faults.append("<!>")
+    def handle_pi(self, data): self.faults.append("<?>")
+
+
+@trial("T16", goal=2200, slice=200, chunk=200)
+@cases
+def markup(case: int) -> str | None:
+    "HTML and script in run names, errors, prompts and generated text: the notebook's view holds none of it as markup"
+    from llm_trainer import live
+    rng = random.Random(f"markup {case}")
+    word = lambda: "".join(rng.choice([*HTML, *EVIL, "text "]) for _ in range(rng.randrange(1, 5)))
+    mutated = lambda: "".join(c for c in word() if rng.random() < .95)
+    page = Obedient()
+    state = {"run_id": mutated(), "status": rng.choice(["running", "failed", mutated()]), "phase": mutated(),
+             "reason": {"code": "x", "message": mutated()}}
+    page.feed(live.headline(state) + live.quote([{"step": mutated(), "prompt": mutated(), "text": mutated()} for _ in range(3)]))
+    page.close()
+    if page.faults: return f"{page.faults}"
+    if left := unclean("".join(page.text)): return f"{left} in the text"

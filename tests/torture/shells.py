@@ -1,0 +1,251 @@
+"""Real processes and real terminals, and a long random life with several shells at once."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from llm_trainer import host
+from llm_trainer.checkpoint import Checkpoints, verify
+from llm_trainer.runs import Run, list_runs
+
+from .battery import cases, trial
+from .forks import Child, server
+from .lives import RUN, clean_end, difference, new_home, pattern, run_of, store_of
+
+
+def command(home: Path, *words: str) -> list[str]: return [sys.executable, "-m", "llm_trainer.cli", *words]
+
+
+def environment(home: Path) -> dict[str, str]:
+    "Of a shell in the workspace"
+    root = str(Path(__file__).resolve().parents[2])
+    return {**os.environ, "LLM_TRAINER_HOME": str(home), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+
+
+def wait_until(true, limit: float = 120) -> bool:
+    "Whether `true()` became so in time"
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if true(): return True
+        time.sleep(0.02)
+    return False
+
+
+@trial("T8", goal=60, slice=1, share=2, chunk=2)
+@cases
+def terminals(case: int) -> str | None:
+    """the real launch path: `train --background` in a terminal that is then closed, beside a viewer that never reads
+    and one that is stopped; half of the workers killed -9 and resumed: finishes, equal to an untouched run"""
+    rng = random.Random(f"terminal {case}")
+    clean_end()
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        home = new_home(tmp)
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(home)
+            os.execve("/bin/sh", ["sh", "-c", '"$@"; exec sleep 1000', "sh", *command(home, "train", "--config", "torture", "--name", RUN,
+                                                                                       "--background")], environment(home))
+        said = b""
+        while b"stop victim" not in said and select.select([terminal], [], [], 60)[0]:
+            try: said += os.read(terminal, 4096)
+            except OSError: break
+        shell = dict(cwd=home, env=environment(home))
+        viewers = [subprocess.Popen(command(home, *words), **shell, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                   for words in (["logs", RUN, "--follow"], ["status", RUN, "--watch"])]
+        try:
+            viewers[1].send_signal(signal.SIGSTOP)
+            os.close(terminal)  # the window is gone
+            os.kill(pid, signal.SIGHUP)
+            run = run_of(home)
+            if b"goes on when this shell closes" not in said: return f"no background run: {said[-500:]!r}"
+            if case % 2:
+                wait_until(lambda: (run.state()["step"] or 0) >= rng.randrange(1, 50) or not run.locked)
+                state = run.state()
+                host.send(state, signal.SIGKILL)
+                if not wait_until(lambda: not run.locked): return "killed, and its lock is held"
+                if run.status()["status"] not in ("crashed", "completed"): return f"killed: {run.status()['status']}"
+                done = subprocess.run(command(home, "resume", RUN, "--background"), **shell, capture_output=True, text=True)
+                if done.returncode: return f"resume ended {done.returncode}: {done.stderr}"
+            if not wait_until(lambda: not run.locked and run.status()["status"] not in ("queued", "running")):
+                return f"did not end: {run.status()['status']} {run.log_tail(5)}"
+            return difference(home)
+        finally:
+            for viewer in viewers:
+                with contextlib.suppress(ProcessLookupError): viewer.kill()
+                viewer.wait()
+                viewer.stdout.close()
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+CELLS = [(accum, dropout, chain, where) for chain in (1, 3, 10) for accum in (1, 4) for dropout in (0.0, 0.1)
+         for where in ("step 0", "mid-epoch", "epoch end", "in evaluation", "last step")]
+_ends: dict[tuple, tuple] = {}
+
+
+def _everything(home: Path) -> tuple:
+    "Weights, optimizer, random numbers, position and every loss as a hex float"
+    folder = store_of(home).select("latest")
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    record = json.loads((folder / "state" / "trainer.json").read_text())
+    losses = [(row["kind"], row["step"], float(row["loss"]).hex()) for row in run_of(home).metrics()]
+    return (files["model.safetensors"]["sha256"], files["state/optimizer.safetensors"]["sha256"], record["rng"],
+            record["position"], record["probe"], losses)
+
+
+@trial("T3", goal=4 * len(CELLS), slice=5, share=2, chunk=6)
+@cases
+def exact(case: int) -> str | None:
+    """bit-exact resume: accumulation 1 and 4, dropout 0 and 0.1, stopped at step 0, mid-epoch, epoch end, in an
+    evaluation, at the last step, 1, 3 and 10 times (CPU fp32, eager): weights, optimizer, random numbers, probe and
+    all losses as hex floats equal"""
+    accum, dropout, chain, where = CELLS[case % len(CELLS)]
+    rng = random.Random(f"exact {case}")
+    flags = ["--grad-accum-steps", str(accum), "--dropout", str(dropout), "--seed", str(case // len(CELLS))]
+    key = tuple(flags)
+    if key not in _ends:
+        with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+            home = new_home(tmp)
+            child = server().start(["train", "--config", "torture", "--name", RUN, *flags], home)
+            if child.wait(): return f"{flags}: {child.tail()}"
+            _ends[key] = (_everything(home), run_of(home).state()["steps"])
+    clean, steps = _ends[key]
+    stops = {"step 0": [0], "mid-epoch": [steps // 4], "epoch end": [steps // 2], "last step": [steps - 1]}.get(where, [])
+    while len(stops) < chain and steps - 1 > chain: stops = sorted({*stops, rng.randrange(1, steps)})
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        home, argv = new_home(tmp), ["train", "--config", "torture", "--name", RUN, *flags]
+        if where == "in evaluation":
+            server().start(argv, home, at_phase={"phase": "evaluating", "signals": [int(signal.SIGTERM)], "nth": 1}).wait()
+            argv = ["resume", RUN]
+        for stop in stops:
+            how = {"stop_at": stop} if stop else {"at_phase": {"phase": "tokenizing", "signals": [int(signal.SIGTERM)]}}
+            server().start(argv, home, **how).wait()
+            argv = ["resume", RUN]
+        child = server().start(argv, home)
+        if code := child.wait(): return f"{CELLS[case % len(CELLS)]} stopped at {stops}: ended {code}: {child.tail()}"
+        found = _everything(home)
+        names = ("weights", "optimizer", "random numbers", "position", "probe", "losses")
+        differ = [name for name, a, b in zip(names, clean, found) if a != b]
+        if differ: return f"{CELLS[case % len(CELLS)]} stopped at {stops}: other {', '.join(differ)}"
+
+
+@trial("T23", goal=30, slice=1, chunk=5)
+@cases
+def offline(case: int) -> str | None:
+    "a whole run that ends if it looks up a name or opens a connection (audited): not one"
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        home = new_home(tmp, prepared=case % 2 == 1)
+        child = server().start(["train", "--config", "torture", "--name", RUN], home, no_network=True)
+        if code := child.wait(): return f"ended {code}: {child.tail()}"
+        return difference(home)
+
+
+# A long random life ---------------------------------------------------------------------------------------------------
+
+class World:
+    "A workspace, the commands running in it, and what must be true of it"
+    ids = ("ada", "bob", "cyd")
+
+    def __init__(self, home: Path, rng: random.Random):
+        self.home, self.rng, self.running, self.damaged = home, rng, {}, set()
+        self.fds = len(os.listdir("/proc/self/fd"))
+
+    def run(self, run_id: str) -> Run: return Run(self.home / "runs" / run_id)
+
+    def store(self, run_id: str) -> Checkpoints:
+        "Its checkpoints"
+        return Checkpoints(self.home / "checkpoints" / run_id, run_id, notify=lambda text: None)
+
+    def shell(self, *words: str, allowed: tuple[int, ...] = (0,)) -> str | None:
+        "Run a command to its end"
+        child = server().start(list(words), self.home)
+        code = child.wait()
+        if code not in allowed: return f"{' '.join(words)}: exit code {code}, not {allowed}: {child.tail(300)}"
+
+    def step(self) -> str | None:
+        "One random act"
+        self.running = {run_id: child for run_id, child in self.running.items() if child.alive() or child.wait() is None}
+        run_id = self.rng.choice(self.ids)
+        exists, live = (self.home / "runs" / run_id).exists(), run_id in self.running
+        act = self.rng.choice(["start"] * 4 + ["kill"] * 3 + ["stop", "look", "verify", "delete", "pin", "double", "wait",
+                                                             "damage", "index"])
+        if act == "start" and not live:
+            words = ["resume", run_id] if exists else ["train", "--config", "torture", "--name", run_id, "--epochs", "1"]
+            more = ["--more-epochs", "1"] if exists and self.rng.random() < .2 else []
+            self.running[run_id] = server().start([*words, *more], self.home)
+            time.sleep(self.rng.uniform(0, 0.5))
+        elif act == "kill" and live:
+            child: Child = self.running.pop(run_id)
+            child.kill()
+            child.wait()
+            if exists and self.run(run_id).status()["status"] in ("running", "stalled"):
+                return "killed, and shown as alive"
+        elif act == "stop" and exists: return self.shell("stop", run_id, allowed=(0, 3))
+        elif act == "look":
+            return self.shell("runs", "--json") or self.shell("status", "--json") or (self.shell("logs", run_id, allowed=(0, 3)))
+        elif act == "verify" and exists:
+            return self.shell("verify", run_id, allowed=(0, 1) if run_id in self.damaged else (0, 1, 3) if live else (0,))
+        elif act == "delete" and exists:
+            problem = self.shell("delete", run_id, "--yes", allowed=(0, 75) if live else (0,))
+            if not live and not problem:
+                if (self.home / "runs" / run_id).exists() or (self.home / "checkpoints" / run_id).exists():
+                    return "deleted, and still there"
+                self.damaged.discard(run_id)
+            return problem
+        elif act == "pin" and not live and self.store(run_id).steps(): self.store(run_id).pin(self.rng.choice(self.store(run_id).steps()))
+        elif act == "double" and live: return self.shell("resume", run_id, allowed=(0, 3, 75))
+        elif act == "wait" and live:
+            if (code := self.running.pop(run_id).wait()) not in (0, 143, 1 if run_id in self.damaged else 0):
+                return f"the worker ended {code}"
+        elif act == "damage" and not live and len(steps := self.store(run_id).steps()) > 1:
+            file = self.rng.choice(sorted(p for p in self.store(run_id).path(steps[-1]).rglob("*") if p.is_file()))
+            os.truncate(file, file.stat().st_size // 2)
+            self.damaged.add(run_id)
+        elif act == "index" and not live and (path := self.home / "checkpoints" / run_id / "index.json").exists(): path.write_text("{")
+
+    def broken(self) -> str | None:
+        "An invariant that does not hold"
+        for run in list_runs(self.home / "runs"):
+            status, child = run.status()["status"], self.running.get(run.id)
+            if status in ("running", "stalled", "queued") and child is None:
+                return f"{run.id} is shown as {status}, and nothing runs"
+            if child is None and run.id not in self.damaged:
+                store = self.store(run.id)
+                if bad := {s: p for s in store.steps() if (p := verify(store.path(s)))}: return f"{run.id}: {bad}"
+        if (fds := len(os.listdir("/proc/self/fd"))) > self.fds + 20:
+            return f"{fds} descriptors are open, there were {self.fds}"
+
+
+@trial("T21", goal=10000, slice=12, share=3, chunk=24)
+def lives(n: int, seed: int) -> list[str]:
+    """a random life of three runs from several shells (train, resume, more epochs, kill -9, stop, double start,
+    verify, delete, pin, damage, lost index): no dead run shown alive, no unnoticed damage, documented exit codes,
+    descriptors constant"""
+    failures, done = [], 0
+    pattern()
+    while done < n:
+        with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+            world = World(new_home(tmp), random.Random(f"world {seed + done}"))
+            acts = min(24, n - done)
+            try:
+                for act in range(acts):
+                    if problem := world.step() or world.broken():
+                        failures.append(f"world {seed + done}, act {act}: {problem}")
+                        break
+            except Exception as e: failures.append(f"world {seed + done}: {e!r}")
+            finally:
+                for child in world.running.values():
+                    child.kill()
+                    child.wait()
+            done += acts
+    return failures
