@@ -70,13 +70,14 @@ def memory_estimate(
     dtype:str="bfloat16", # Compute dtype; weights stay fp32
     device:str="cuda" # cuda, mps or cpu
 )->dict[str, int]: # Bytes: weights, gradients, optimizer, activations, total
-    "The memory that one training step needs, without compiling"
+    "The memory that one training step needs"
     V, C, rows, h = -(-vocab_size // 64) * 64, cfg.n_embd, batch_size * cfg.seq_len, 4 if dtype == "float32" else 2
     table = parameter_table(cfg, V)
     parameters, matrices = sum(table.values()), table["attention"] + table["mlp"]
     joined = matrices - cfg.n_layer * C * (cfg.n_head*cfg.head_size + cfg.n_hidden) # qwen3's weights of one matmul
     copies = 2*matrices if h == 2 else 0 if cfg.arch == "gpt2" else 4*joined
     head = rows * C * (4 + h) + 4*V*C # the last norm, and the gradients that the loss makes on the way forward
+    if device == "cuda": head += h*rows*V
     activations = rows * cfg.n_layer * activation_bytes(cfg, dtype, device) + copies + head
     parts = dict(weights=4*parameters, gradients=4*parameters, activations=activations,
                  optimizer=4 * (2*parameters - (matrices if optimizer == "muon" else 0)))

@@ -112,7 +112,7 @@ class Resolution:
     dtype: str # Number format of the matrix products: float32, bfloat16 or float16
     compile: bool # Whether the model is compiled
     threads: int # CPU threads of PyTorch
-    attention: str # Attention kernel on CUDA: flash or efficient; elsewhere default
+    attention: str # Attention kernel on CUDA: cudnn, flash or efficient; elsewhere default
     deterministic: bool # Whether only operations are used that give the same bits each time
     torch_version: str # Other versions may round differently
 
@@ -139,7 +139,7 @@ class Resolution:
         torch.set_float32_matmul_precision("highest" if self.dtype == "float32" else "high")
         if self.device == "cuda":
             torch.backends.cuda.enable_flash_sdp(self.attention == "flash")
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(self.attention == "cudnn")
         return torch.device(self.device)
 
     def autocast(self): # A context manager
@@ -166,12 +166,13 @@ def resolve(
     if dtype == "float16" and device != "cuda":
         raise UsageError(f"dtype float16 trains on cuda only; this run would use {device}.\n"
                          "Use --dtype bfloat16 or --dtype float32, or leave it to --dtype auto.")
+    deterministic = auto(training.deterministic, device == "cpu")
     half = dtype != "float32" and device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     return Resolution(
         device=device, device_name=device_name(device), reason=reason, memory_bytes=total_memory(device), dtype=dtype,
         compile=auto(training.compile, device == "cuda"), threads=training.threads or available_threads(),
-        attention="default" if device != "cuda" else "flash" if half else "efficient",
-        deterministic=auto(training.deterministic, device == "cpu"), torch_version=torch.__version__)
+        attention="default" if device != "cuda" else "efficient" if not half else "flash" if deterministic else "cudnn",
+        deterministic=deterministic, torch_version=torch.__version__)
 
 # %% ../nbs/01_device.ipynb #63063c6b
 def seed_everything(

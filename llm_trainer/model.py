@@ -217,7 +217,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     "Summed cross entropy of `h @ weight.T` with its gradients, some rows at a time, so the logits never exist whole"
     @staticmethod
     def forward(ctx, h, weight, targets, vocab_size, rows, train): # h (N, C), weight (V padded, C), targets (N,)
-        w, loss = weight.to(h.dtype), h.new_zeros((), dtype=torch.float32)
+        w, loss, ids = weight.to(h.dtype), h.new_zeros((), dtype=torch.float32), torch.arange(len(weight), device=h.device)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)) if train else (None, None)
         for i in range(0, len(h), rows):
             x, y = h[i:i+rows], targets[i:i+rows]
@@ -227,7 +227,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             logp = logits.log_softmax(-1)
             loss -= (logp.gather(1, y) * keep).sum()
             if not train: continue
-            g = logp.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=logp.dtype)).mul_(keep).to(h.dtype)
+            p = logp.exp_()
+            if h.is_cuda: p = torch.where(ids == y, p - 1, p)
+            else: p.scatter_add_(1, y, -torch.ones_like(y, dtype=p.dtype))
+            g = p.mul_(keep).to(h.dtype)
             dh[i:i+rows] = g @ w
             dw += g.T @ x
         if train: ctx.save_for_backward(dh, dw)
@@ -339,7 +342,9 @@ class GPT(nn.Module):
         "Cross entropy in nats over the targets that are not -100, `mean` or `sum`: the training path"
         h = self.hidden(tokens).flatten(0, 1) # (B*T, C)
         if torch.is_autocast_enabled(h.device.type): h = h.to(torch.get_autocast_dtype(h.device.type))
-        rows = max(128, (2**19 if h.device.type == "cpu" else 2**27) // self.head.shape[0])
+        fused = torch.compiler.is_compiling() # then only the compute dtype's scores go through memory
+        room = (2**19 if h.device.type == "cpu" else 2**29 if fused else 2**27) // self.head.shape[0]
+        rows = 2**max(7, room.bit_length() - 1) # a power of two suits the matmuls
         train = torch.is_grad_enabled()
         total = LinearCrossEntropy.apply(h, self.head, targets.flatten(), self.vocab_size, rows, train)
         return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)

@@ -51,6 +51,7 @@ def orthogonalize(
 # %% ../nbs/06_optimizer.ipynb #a5184dcd
 class Light:
     "Methods of PyTorch's optimizers as they are without their marks for the compiler"
+    found_inf = None # A tensor: 1 makes the step leave everything as it is
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
@@ -76,15 +77,18 @@ class Muon(Light, torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
+        keep = None if self.found_inf is None else 1 - self.found_inf # 0 leaves everything as it is
         for group in self.param_groups:
             lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
             for params in self.stacks(group["params"]):
                 for p in params:
                     if not self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 grads, means = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                if keep is not None: grads = [torch.where(keep > 0, g, m) for g, m in zip(grads, means)]
                 torch._foreach_lerp_(means, grads, 1 - momentum)
                 updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, means, momentum))) # Nesterov's look ahead
-                torch._foreach_mul_(params, 1 - lr * decay)
+                if keep is not None: updates *= keep
+                torch._foreach_mul_(params, 1 - lr * decay * (1 if keep is None else keep))
                 torch._foreach_add_(params, updates.unbind(), alpha=-lr * 0.2 * max(params[0].shape)**0.5)
 
 # %% ../nbs/06_optimizer.ipynb #821699bd
@@ -101,8 +105,13 @@ class Optimizers:
     @property
     def param_groups(self) -> list[dict]: return [group for o in self.optimizers for group in o.param_groups]
 
-    def step(self) -> None:
-        for o in self.optimizers: o.step()
+    def step(self,
+        finite:Tensor|None=None # A bool on the device: false leaves everything as it is
+    ) -> None:
+        "A step of each; nobody waits to know whether `finite` is true"
+        for o in self.optimizers:
+            o.found_inf = None if finite is None else 1 - finite.float()
+            o.step()
 
     def zero_grad(self) -> None:
         for o in self.optimizers: o.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ __all__ = ['Phase', 'Prepared', 'Step', 'Evaluated', 'Saved', 'Sampled', 'Skippe
 # %% ../nbs/08_trainer.ipynb #55efa284
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -193,7 +194,7 @@ class Trainer:
         self.device = torch.device(resolution.device)
         self.loss = torch.compile(model.loss) if resolution.compile else model.loss
         self.scaler = torch.amp.GradScaler(self.device.type) if resolution.dtype == "float16" else None
-        self._batches, self._upcoming = stream.iterate(self.progress.position), []
+        self._batches, self._upcoming, self._verdicts = stream.iterate(self.progress.position), [], deque()
 
     @property
     def epoch(self)->float: # Epochs done, with fraction
@@ -206,12 +207,14 @@ class Trainer:
         return self._upcoming[0]
 
     def _global_batch(self):
-        "The micro-batches of the next step; the last step of a run takes only what is left"
+        "The micro-batches of the next step, counted as consumed; the last step of a run learns only from what is left"
         left = min(self.training.batch_size * self.training.grad_accum_steps, self.target_position - self.progress.position)
+        self.progress.position += left
         while left > 0:
             x, y = self.peek()
             self._upcoming.pop()
-            yield x[:left], y[:left]
+            y[left:] = -100
+            yield x, y
             left -= len(x)
         if left < 0: self._batches = self.stream.iterate(self.target_position)
 
@@ -234,24 +237,34 @@ class Trainer:
         if self.scaler:
             for o in self.optimizer.optimizers: self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
-        finite = bool(torch.isfinite(norm + loss))
-        if finite: self.optimizer.step()
+        verdict, cuda = torch.stack([loss, norm]).isfinite(), self.device.type == "cuda"
+        if cuda: self.optimizer.step(verdict.all())
+        elif verdict.all(): self.optimizer.step()
         if self.scaler: self.scaler.update()
         lr = self.plan.lr(p.step)
-        p.step += 1; p.position += sum(len(x) for x, _ in batch); p.tokens += targets
-        p.skipped_in_a_row = 0 if finite else p.skipped_in_a_row + 1
-        if not finite:
-            p.skipped += 1
-            what = "loss" if not math.isfinite(float(loss)) else "gradient"
-            yield Skipped(p.step, what, p.skipped)
-        logged = finite and t.log_every and (p.step % t.log_every == 0 or self.complete)
+        p.step += 1; p.tokens += targets
+        self._verdicts.append((p.step, verdict.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event() if cuda else None))
+        logged = bool(t.log_every) and (p.step % t.log_every == 0 or self.complete)
+        yield from self.settle(cuda and not logged)
+        logged = logged and not p.skipped_in_a_row
         if logged: self._measure()
         yield Step(p.step, self.epoch, p.tokens, lr, float(loss) if logged else None, float(norm) if logged else None, *self._figures)
+
+    def settle(self, pending:int=0)->Iterator: # Skipped
+        "Count the steps that were left out, except among the last `pending`, of which the device may not know yet"
+        p = self.progress
+        while len(self._verdicts) > pending:
+            step, verdict, known = self._verdicts.popleft()
+            if known: known.synchronize()
+            loss, gradient = verdict.tolist()
+            p.skipped_in_a_row = 0 if loss and gradient else p.skipped_in_a_row + 1
+            if not p.skipped_in_a_row: continue
+            p.skipped += 1
+            yield Skipped(step, "gradient" if loss else "loss", p.skipped)
 
     def _measure(self):
         "Speed, memory and the time left, as of now"
         p = self.progress
-        if self.device.type == "cuda": torch.cuda.synchronize()
         busy = time.perf_counter() - self._logged_at - self._aside
         speed, self._logged_at, self._aside = (p.tokens - self._logged_tokens) / busy, time.perf_counter(), 0.
         self._logged_tokens = p.tokens
@@ -272,6 +285,7 @@ class Trainer:
 
     def save(self, last=False)->Iterator: # Saved, or a Note when there is no space and the run can go on
         "Write a checkpoint"
+        yield from self.settle()
         if self.save_to is None: return
         yield Phase("saving")
         try: info = self.save_to(self)

@@ -269,3 +269,22 @@ def test_extended_plans_keep_the_past_and_survive_json(p, extensions):
     again = LRPlan.from_dict(json.loads(json.dumps(p.to_dict())))
     assert again == p and [again.factor(s) for s in range(300)] == [p.factor(s) for s in range(300)]
     assert all(0 <= p.factor(s) <= 1 for s in range(700))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing_and_the_device_knows_it_alone(name, device):
+    model = gpt("qwen3", device=device)
+    opt = build_optimizer(model, TrainConfig(optimizer=name))
+    steps(model, opt, 2)
+    before = [p.clone() for p in model.parameters()], {n: {k: t.clone() for k, t in s.items()} for n, s in opt.named_state().items()}
+    for p in model.parameters(): p.grad.fill_(torch.nan)
+    opt.step(torch.tensor(False, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters()))
+    assert all(torch.equal(t, opt.named_state()[n][k]) for n, s in before[1].items() for k, t in s.items())
+    other = gpt("qwen3", device=device)
+    plain = build_optimizer(other, TrainConfig(optimizer=name))
+    for p, q in zip(model.parameters(), other.parameters()): q.data.copy_(p); q.grad = torch.ones_like(q); p.grad = torch.ones_like(p)
+    plain.load_named_state(opt.named_state())
+    opt.set_factor(1); opt.step(torch.tensor(True, device=device)); plain.step()
+    for p, q in zip(model.parameters(), other.parameters()): torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
