@@ -198,6 +198,9 @@ def render(folder: Path, out: Path) -> list[str]:
     count = site.build()
     for css in (out / "site_libs" / "themes").glob("*.css"):
         css.write_text(re.sub(r'@import\s+url\([^)]*\)\s*;', "", css.read_text(encoding="utf-8")), encoding="utf-8")
+    for copy in [*out.rglob("*.llms.md"), out / "llms.txt"]:  # under the names that nbdev's `Docs:` lines give
+        text = copy.read_text(encoding="utf-8").replace(".llms.md", ".html.md")
+        copy.rename(copy.with_name(copy.name.replace(".llms.md", ".html.md"))).write_text(text, encoding="utf-8")
     (out / ".nojekyll").touch()
     print(f"wrote {count} pages; look at them: python -m http.server -d {os.path.relpath(out)}")
     return [w for w in site.warnings if "output-file" not in w]

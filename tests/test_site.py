@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -14,6 +15,7 @@ from llm_trainer.cli import front
 from llm_trainer.config import fields, profiles
 
 ROOT = Path(__file__).parent.parent
+SITE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Documentation"]
 pytest.importorskip("smalldocs", reason="the site needs: pip install 'llm_trainer[docs]'")
 pytestmark = pytest.mark.xdist_group("site")
 
@@ -83,14 +85,25 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
         assert not [u for pair in urls for u in pair if re.match(r"(https?:)?//", u)], css
 
 
+def test_the_docs_line_of_each_module_leads_to_its_page(site):
+    "`help(llm_trainer.model)` ends with an address: a page of this site, or its Markdown copy"
+    found = {}
+    for path in (ROOT / "llm_trainer").glob("*.py"):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for link in re.findall(r"^Docs: (\S+)", said, re.M): found[path.stem] = link.removeprefix(SITE).lstrip("/") or "index.html"
+    assert len(found) > 20 and not [f"{module}: {page}" for module, page in found.items() if not (site / page).is_file()]
+    assert "](model.html.md)" in (site / "llms.txt").read_text(encoding="utf-8")
+
+
 def test_chapters_keep_their_opening_and_their_source(site):
     text = (site / "model.html").read_text(encoding="utf-8")
     assert "letters mean the same sizes" in re.sub(r"\s+", " ", text)
-    assert "scaled_dot_product_attention" in text
+    assert "scaled_dot_product_attention" in text and "Export -" not in text
+    assert text.index('id="embedding"') < text.index('id="gpt2"')  # names in the order of their source
 
 
 def test_maths_needs_no_script(site, pages):
-    assert "<math" in (site / "live.html").read_text(encoding="utf-8")
+    assert "<math" in (site / "model.html").read_text(encoding="utf-8")
     assert not any("katex" in link.lower() for page in pages.values() for link in page.resources)
 
 
