@@ -207,7 +207,7 @@ class Watch:
             autosize=True, height=340, margin=dict(l=55, r=15, t=25, b=45), hovermode="x unified", uirevision="step", showlegend=True,
             paper_bgcolor=clear, plot_bgcolor=clear, font_color="#808080",
             legend=dict(x=1, y=1, xanchor="right", yanchor="top", bgcolor=clear),
-            hoverlabel=dict(bgcolor="#333", bordercolor="#333", font_color="#fff"),
+            hoverlabel=dict(bgcolor="#333", bordercolor="#333", font_color="#fff", namelength=-1),
             modebar=dict(bgcolor=clear, color="#808080", activecolor=COLOURS[0], remove=["select2d", "lasso2d", "sendChartToCloud"]),
             xaxis=dict(grid, title=AXES["step"], showspikes=False),
             yaxis=dict(grid, title="loss, nats per token", hoverformat=".4f")))
