@@ -65,9 +65,9 @@ def keep_source(nb) -> None:
 
 
 def fold(cell) -> None:
-    "Show the source of an export as it is when it is short, folded when it is long"
+    "Show the source of an export as it is when it is short or a table of settings, folded when it is long"
     if cell.cell_type == "code" and "exports" in cell.directives_:
-        shown = "false" if cell.source.count("\n") <= SHORT else "true"
+        shown = "false" if cell.source.count("\n") <= SHORT or re.search(r"^class \w+\(Group\)", cell.source, re.M) else "true"
         cell.source = f'#| code-fold: {shown}\n#| code-summary: "Source"\n{cell.source}'
 
 
