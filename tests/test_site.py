@@ -132,6 +132,15 @@ def test_sidebar_lists_every_page(site, pages):
     assert set(pages) <= listed
 
 
+def test_saved_outputs_stay_small():
+    "The repository stays below 5 MB: a notebook weighs no more than a chapter with its pictures, and no output is an error"
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" in path.parts: continue
+        assert path.stat().st_size < 300_000, path
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert not [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"], path
+
+
 def test_readme_is_made_from_the_index():
     assert subprocess.run([sys.executable, ROOT / "dev" / "readme.py", "--check"]).returncode == 0
 
