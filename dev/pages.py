@@ -33,9 +33,9 @@ def cards(table: str) -> str:
 
 
 def body(path: Path) -> str:
-    "A Markdown file without its title, its headings one level down to the page's"
+    "A Markdown file without its title, its tables ready for a narrow screen"
     text = path.read_text(encoding="utf-8") if path.exists() else "*Nothing is recorded yet.*"
-    return re.sub(r"\A# .*\n+", "", text)
+    return re.sub(r"(?:^\|.*\n)+", lambda table: f"::: {{.ledger}}\n{table.group()}:::\n", re.sub(r"\A# .*\n+", "", text), flags=re.M)
 
 
 # The command line, from the commands themselves

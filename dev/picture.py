@@ -58,9 +58,9 @@ def draw() -> str:
         arrow("M450 290 C446 304 396 304 392 322", read=True),
         '<text class="small" x="190" y="280" text-anchor="middle">views only read files:</text>',
         '<text class="small" x="190" y="297" text-anchor="middle">close them, training goes on</text>',
-        box(600, 326, 116, 52, "generate", ("text that it wrote",), mono=False),
-        box(726, 326, 206, 52, "Hugging Face, llama.cpp", ("the folder as it is",), mono=False),
-        arrow("M740 290 C730 304 664 304 660 322"), arrow("M800 290 C806 304 828 304 830 322"),
+        box(546, 326, 130, 52, "generate", ("text that it wrote",), mono=False),
+        box(692, 326, 240, 52, "Hugging Face, llama.cpp", ("the folder as it is",), mono=False),
+        arrow("M720 290 C712 308 622 300 614 322"), arrow("M800 290 C804 302 810 306 812 322"),
     ]
     tip = ('<marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
            '<path class="tip" d="M0 0L8 4L0 8z"/></marker>')

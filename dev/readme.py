@@ -4,18 +4,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Documentation"]
-
-
-def relink(match: re.Match) -> str:
-    "A notebook or picture lies in nbs/, a page made by the site builder on the site"
-    path = match.group(1)
-    if (ROOT / "nbs" / path.split("#")[0]).exists(): return f"](nbs/{path})"
-    return f"]({SITE}/{path})" if path.endswith(".html") else match.group(0)
 
 
 def readme() -> str:
@@ -23,7 +14,7 @@ def readme() -> str:
     parts = []
     for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"]).strip()
-        if cell["cell_type"] == "markdown": parts.append(re.sub(r"\]\(([^)\s:]+)\)", relink, source))
+        if cell["cell_type"] == "markdown": parts.append(re.sub(r"\]\((?=[^)\s:]+\))", "](nbs/", source))
         elif not source.startswith("#| hide"): parts.append(f"```python\n{source}\n```")
     return "<!-- made from nbs/index.ipynb by make readme -->\n\n" + "\n\n".join(parts) + "\n"
 

@@ -37,6 +37,14 @@ def notebooks() -> list[str]:
 SHORT = 30  # lines of source that stay open on a page; a longer cell shows its signature and folds away
 
 
+def tidy(nb) -> None:
+    "Drop what has a meaning in a notebook only: the heading of its last cell, output that shows nothing"
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": cell.source = re.sub(r"\n*^## Export -\s*\Z", "", cell.source, flags=re.M)
+        for out in list(cell.get("outputs", [])):
+            if not re.sub(r"\x1b\[[\d;]*\w|\s", "", "".join(out.get("text", "shown"))): cell.outputs.remove(out)
+
+
 def split_opening(nb) -> None:
     "Move what follows the title and its `>` summary into a cell of its own: nbdev drops the rest of that cell"
     from fastcore.nbio import mk_cell
@@ -57,25 +65,25 @@ def keep_source(nb) -> None:
 
 
 def fold(cell) -> None:
-    "Show the source of an export as it is when it is short, folded when it is long"
+    "Show the source of an export as it is when it is short or a table of settings, folded when it is long"
     if cell.cell_type == "code" and "exports" in cell.directives_:
-        shown = "false" if cell.source.count("\n") <= SHORT else "true"
+        shown = "false" if cell.source.count("\n") <= SHORT or re.search(r"^class \w+\(Group\)", cell.source, re.M) else "true"
         cell.source = f'#| code-fold: {shown}\n#| code-summary: "Source"\n{cell.source}'
 
 
 def say_once(nb) -> None:
-    "Names in the order of their source; no signature above an open source, which begins with the same one"
-    documents = lambda cell: cell.cell_type == "code" and "show_doc(" in (cell.source or "")
-    at = 0
-    for found, group in itertools.groupby(list(nb.cells), documents):
-        group = list(group)
-        at += len(group)
-        if not found: continue
-        nb.cells[at - len(group):at] = group[::-1]
-        opened = at < len(nb.cells) and nb.cells[at].source.startswith("#| code-fold: false")
-        for out in (out for cell in group for out in cell.outputs):
+    "All names of an export in the order of its source, then the source; no signature above an open one, which shows the same"
+    named = ((re.search(r"show_doc\((\w+)\)", cell.source or ""), cell) for cell in nb.cells if cell.cell_type == "code")
+    documents = {found[1]: cell for found, cell in named if found}
+    for source in [c for c in nb.cells if (c.source or "").startswith("#| code-fold")]:
+        defined = re.findall(r"^(?:async )?(?:def|class) (\w+)", source.source, re.M)
+        docs = [documents[name] for name in defined if name in documents]
+        nb.cells[:] = [c for c in nb.cells if all(c is not doc for doc in docs)]
+        at = next(i for i, c in enumerate(nb.cells) if c is source)
+        nb.cells[at:at] = docs
+        for out in (out for doc in docs for out in doc.outputs):
             text = "".join(out["data"]["text/markdown"]).removeprefix("---\n\n")
-            if opened: text = re.sub(r"```python\n.*?\n```\n*", "", text, count=1, flags=re.S)
+            if source.source.startswith("#| code-fold: false"): text = re.sub(r"```python\n.*?\n```\n*", "", text, count=1, flags=re.S)
             out["data"]["text/markdown"] = text
 
 
@@ -99,6 +107,7 @@ def process(nb) -> None:
             return [replaced.get(p, p) for p in super().base_procs()]
 
     module = processors._default_exp(nb)
+    tidy(nb)
     split_opening(nb)
     keep_source(nb)
     Chapter()(nb)
@@ -121,7 +130,7 @@ def stage(folder: Path, out: Path) -> None:
     import pages
 
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     cfg = get_config(ROOT)
     site = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/")
     os.environ["IN_TEST"] = "1"
@@ -167,6 +176,14 @@ def maths(match: re.Match) -> str:
     return f'<span class="math {kind}">{convert(tex, display="block" if kind == "display" else "inline")}</span>'
 
 
+def label(match: re.Match) -> str:
+    "Each cell of a table knows its column's name, for screens too narrow for columns"
+    table = match.group()
+    names = [html.escape(re.sub(r"<[^>]*>", "", name)) for name in re.findall(r"<th\b[^>]*>(.*?)</th>", table, re.S)]
+    cells = itertools.cycle(names)
+    return re.sub(r"<td\b", lambda _: f'<td data-label="{next(cells)}"', table) if names else table
+
+
 def render(folder: Path, out: Path) -> list[str]:
     "Write `out` from the staged `folder`; returns what smalldocs warns about: broken links, unknown settings"
     from smalldocs.config import load
@@ -175,12 +192,15 @@ def render(folder: Path, out: Path) -> list[str]:
     class Book(Site):
         def render_page(self, page):
             super().render_page(page)
-            page.html, page.env["math"] = MATHS.sub(maths, page.html), False
+            page.html, page.env["math"] = re.sub(r"<table.*?</table>", label, MATHS.sub(maths, page.html), flags=re.S), False
 
     site = Book(load(folder), quiet=True)
     count = site.build()
     for css in (out / "site_libs" / "themes").glob("*.css"):
         css.write_text(re.sub(r'@import\s+url\([^)]*\)\s*;', "", css.read_text(encoding="utf-8")), encoding="utf-8")
+    for copy in [*out.rglob("*.llms.md"), out / "llms.txt"]:  # under the names that nbdev's `Docs:` lines give
+        text = copy.read_text(encoding="utf-8").replace(".llms.md", ".html.md")
+        copy.rename(copy.with_name(copy.name.replace(".llms.md", ".html.md"))).write_text(text, encoding="utf-8")
     (out / ".nojekyll").touch()
     print(f"wrote {count} pages; look at them: python -m http.server -d {os.path.relpath(out)}")
     return [w for w in site.warnings if "output-file" not in w]

@@ -1,10 +1,9 @@
 """Train a GPT-style Transformer on your own machine: detached runs, honest status, exact resume, verified checkpoints
 
-Modules:
+The command line is `llm-trainer`. In Python: `llm_trainer.config.load_config` reads a profile, `llm_trainer.launch.start`
+trains it in the background, `llm_trainer.train.train` here and now as an iterator of events, `llm_trainer.live.watch` shows
+a run in a notebook, `llm_trainer.runs.list_runs` finds all of them, `llm_trainer.sampler.generate` writes text.
 
-- `llm_trainer.failpoints`: Named places where the tests make this process fail. Nothing happens, at the price of one look at an empty dict, unless `LLM_TRAINER_FAILPOINTS="name=action[:nth]"` is set: the nth hit (default 1) of that place is killed or raises.
-- `llm_trainer.frontend`: A strict front end for python-fire, built from the commands' signatures. Knows nothing of training.
-- `llm_trainer.generate_server`: A warm child process that writes text on request: one JSON object a line in, one a line out. Viewers keep one open and never load torch themselves. Start it with: python -m llm_trainer.generate_server FOLDER [DEVICE]
-- `llm_trainer.worker`: The process that trains a run: waits for its turn, turns events into files, and always has a last word."""
+Docs: https://llm-trainer.github.io/llm_trainer"""
 
 __version__ = "0.1.0"

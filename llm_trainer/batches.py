@@ -45,7 +45,7 @@ def _together(pieces: Iterator[tuple[str, str, bool]]) -> Iterator[list[tuple[st
 def write_tokens(
     folder: Path,  # Where train.bin and val.bin are written
     pieces: Iterator[tuple[str, str, bool]],  # train or val, text, whether its document ends there
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer,  # Makes the ids, and names the one that ends a document
     tick: Callable[[int], None] = lambda done: None,  # Told how many bytes of text are done
 ) -> dict:  # {train,val}_{tokens,bytes,documents}
     "Encode text into token files, streaming"
@@ -78,7 +78,7 @@ def write_tokens(
 
 
 def token_type(vocab_size: int) -> str:
-    "How a token is stored: little-endian, in two bytes if they are enough"
+    "How a token below `vocab_size` is stored: little-endian, in two bytes if they are enough"
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 # %% ../nbs/04_batches.ipynb #b6118839
@@ -108,8 +108,8 @@ class TokenCache:
 
 
 def prepare_tokens(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+    corpus: Corpus,  # Its documents, split into train and val
+    tokenizer: Tokenizer,  # Its hash is part of the cache's key
     data_dir: Path,  # The workspace's data/ folder
     notify: Notify = print,  # Told of damage, and of waiting for another process
     progress: Progress | None = None,  # Told how far it is
@@ -190,7 +190,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def permute(
     i: np.ndarray,  # Places, each in 0 … n-1
     n: int,  # How many things are permuted
-    seed: int,
+    seed: int,  # Each has its own permutations
     epoch: np.ndarray | int = 0,  # Each epoch has its own permutation
 ) -> np.ndarray:  # What is at these places, int64
     "A pseudo-random permutation of 0 … n-1, computed place by place"
@@ -211,12 +211,12 @@ def permute(
 class Stream:
     "Micro-batches of windows, in an order that is a function of the seed and the position alone"
     def __init__(self,
-        windows: Windows,
+        windows: Windows,  # What is read
         batch_size: int,  # Windows of a micro-batch
-        seed: int = 0,
+        seed: int = 0,  # Of the order
         shuffle: bool = True,  # False: the order of the text
         rank: int = 0,  # Which of `world` processes this is
-        world: int = 1,
+        world: int = 1,  # How many processes read together
         num_workers: int = 0,  # Processes that fetch ahead; 0 is fine for memory-mapped tokens
         pin_memory: bool = False,  # Page-locked memory, from which a GPU copies asynchronously
     ):
@@ -264,8 +264,8 @@ def _ignore_signals(worker: int) -> None:
 
 # %% ../nbs/04_batches.ipynb #54353420
 def val_batches(
-    windows: Windows,
-    batch_size: int,
+    windows: Windows,  # Of the held-out documents
+    batch_size: int,  # Windows of a batch
     most: int = 0,  # Stop after this many batches; 0: all of them
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     "Every window once, in order"
@@ -277,7 +277,7 @@ BLOCK = 1024
 
 
 def shares(weights: list[float]) -> list[int]:
-    "How many of `BLOCK` places each weight gets: the sum is exact, each is off by less than one"
+    "How many of `BLOCK` places each of `weights` gets: the sum is exact, each is off by less than one"
     exact = [w / sum(weights) * BLOCK for w in weights]
     found = [int(e) for e in exact]
     for k in sorted(range(len(exact)), key=lambda k: found[k] - exact[k])[:BLOCK - sum(found)]: found[k] += 1
@@ -305,9 +305,9 @@ class MixStream(Stream):
     def __init__(self,
         windows: list[Windows],  # Of each corpus
         weights: list[float],  # How much of each, in windows
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
+        batch_size: int,  # Windows of a micro-batch
+        seed: int = 0,  # Of the order
+        shuffle: bool = True,  # False: each corpus in the order of its text
         **more,  # rank, world, num_workers, pin_memory as in `Stream`
     ):
         super().__init__(_Parts(windows), batch_size, seed, shuffle, **more)
@@ -329,9 +329,9 @@ class MixStream(Stream):
 def training_stream(
     caches: list[TokenCache],  # The tokens of each corpus
     weights: list[float],  # The share of each
-    seq_len: int,
-    batch_size: int,
-    seed: int = 0,
+    seq_len: int,  # Tokens of a window
+    batch_size: int,  # Windows of a micro-batch
+    seed: int = 0,  # Of the order
     **more,  # shuffle, rank, world, num_workers, pin_memory as in `Stream`
 ) -> Stream:
     "The stream over one corpus, or over a weighted mix"

@@ -41,7 +41,7 @@ def sources() -> list[Path]:  # The files, in the order of their names
 
 
 def source(path: Path) -> str | None:
-    "The text of a source file, or None if it isn't in the encoding that it says"
+    "The text of the source file `path`, or None if it isn't in the encoding that it says"
     try:
         with tokenize.open(path) as f: return f.read()
     except (SyntaxError, UnicodeDecodeError): return None
@@ -93,8 +93,8 @@ def open_builtin(
     name: str,  # python-docs, python-code or python-docs-tiny
     data_dir: Path,  # The workspace's data/ folder
     val_fraction: float = 0.05,  # How much to hold out
-    notify: Notify = print,
-    progress: Progress | None = None,
+    notify: Notify = print,  # Told what a person should know
+    progress: Progress | None = None,  # Told how far it is
 ) -> Corpus:
     "Open a built-in corpus"
     def build(folder: Path) -> dict:

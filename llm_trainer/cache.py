@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]  # takes what is being done, how much
 
 # %% ../nbs/01b_cache.ipynb #d7e56342
 def sha256(path: Path) -> str:
-    "SHA-256 of a file, as hex"
+    "SHA-256 of the file `path`, as hex"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 

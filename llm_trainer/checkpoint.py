@@ -143,7 +143,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict: # name → tensor
 
 # %% ../nbs/07_checkpoint.ipynb #d2f2bb94
 def parse_json(content: bytes, name: str) -> dict:
-    "A JSON object, or a CheckpointError saying what is wrong with `name`"
+    "The JSON object in `content`, or a CheckpointError saying what is wrong with the file called `name`"
     def refuse(constant): raise ValueError(f"{constant} is not JSON")
     try: found = json.loads(content.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as e: raise CheckpointError(f"{name} is no JSON: {str(e)[:200]}") from None
@@ -152,7 +152,7 @@ def parse_json(content: bytes, name: str) -> dict:
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict:
-    "The JSON object in a regular file of at most `limit` bytes; links are not followed"
+    "The JSON object in the regular file `path` of at most `limit` bytes; links are not followed"
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode) or info.st_size > limit:
@@ -170,7 +170,7 @@ def non_finite(tensors: Mapping) -> list[str]: # The names of tensors that hold 
 
 
 def all_finite(tensors: Mapping) -> bool:
-    "Whether no tensor holds NaN or infinity"
+    "Whether none of `tensors`, a mapping of names, holds NaN or infinity"
     return not non_finite(tensors)
 
 # %% ../nbs/07_checkpoint.ipynb #d1743be4
@@ -189,14 +189,14 @@ def unsealed(path: Path) -> dict:
 
 # %% ../nbs/07_checkpoint.ipynb #929c5244
 def file_hash(path: Path) -> str:
-    "SHA-256 of a regular file, hex; links are not followed"
+    "SHA-256 of the regular file `path`, hex; links are not followed"
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode): raise CheckpointError(f"{path} is not a regular file")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(folder: Path) -> str:
-    "SHA-256 of a checkpoint's `model.safetensors`: two checkpoints with the same one hold the same weights"
+    "SHA-256 of `model.safetensors` in the checkpoint `folder`: two checkpoints with the same one hold the same weights"
     return file_hash(Path(folder) / "model.safetensors")
 
 
@@ -263,7 +263,7 @@ def _differs(path: Path, size: int, sha256: str) -> str | None:
 
 
 def step_name(step: int) -> str:
-    "The folder name of a step"
+    "The folder name of the optimizer step `step`"
     return f"step-{step:08d}"
 
 # %% ../nbs/07_checkpoint.ipynb #45067707
@@ -278,7 +278,7 @@ class SavedInfo:
 class SaveFailed(RunFailed, OSError):
     "The disk refused a checkpoint, the earlier ones are intact: training may go on, or end as `disk_full` or `error`"
 
-    def __init__(self, message: str, run_id: str, number: int | None):
+    def __init__(self, message: str, run_id: str, number: int | None):  # What, whose, and the system's error number
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         more = f"\nMake room, then: llm-trainer resume {run_id}" if full else ""
         super().__init__("disk_full" if full else "error", message + more)

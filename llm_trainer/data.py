@@ -210,7 +210,7 @@ def scan(
 
 # %% ../nbs/02_data.ipynb #b010d557
 def place(text: str | bytes) -> float:
-    "Where a document falls in [0, 1): a number made of its SHA-256, even over all documents"
+    "Where the document `text` falls in [0, 1): a number made of its SHA-256, even over all documents"
     return int(hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:13], 16) / 16 ** 13
 
 # %% ../nbs/02_data.ipynb #63ca65ca
@@ -240,7 +240,10 @@ def _documents(files: Iterable[Path], column: str) -> Iterator[tuple[float, Iter
                 yield place("".join(pieces)), iter(pieces)
 
 
-def threshold(count: dict, val_fraction: float) -> float:
+def threshold(
+    count: dict,  # What `census` gives; the lowest and the highest place bound the answer
+    val_fraction: float,  # How much to hold out
+) -> float:
     "Documents below this place are held out; at least one is, and at least one is not"
     if not val_fraction: return 0.0
     return min(max(val_fraction, math.nextafter(count["low"], 1)), count["high"])
@@ -355,8 +358,8 @@ def open_files(
     data_dir: Path,  # Where the census is kept
     text_column: str | None = None,  # Which column is the text
     val_fraction: float = 0.05,  # How much to hold out
-    notify: Notify = print,
-    progress: Progress | None = None,
+    notify: Notify = print,  # Told what a person should know
+    progress: Progress | None = None,  # Told how far it is
 ) -> Corpus:
     "A corpus of local files"
     files = find_files(path)
@@ -382,8 +385,8 @@ def open_files(
 def open_mix(
     data,  # A `DataConfig`
     data_dir: Path,  # The workspace's data/ folder
-    notify: Notify = print,
-    progress: Progress | None = None,
+    notify: Notify = print,  # Told what a person should know
+    progress: Progress | None = None,  # Told how far it is
 ) -> list[tuple[Corpus, float]]:  # Each corpus with its share; the shares sum to 1
     "Open every corpus that `data.dataset` names; a single one is a mix of one"
     if isinstance(data.dataset, str): return [(open_corpus(data, data_dir, notify, progress), 1.0)]

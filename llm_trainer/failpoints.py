@@ -1,11 +1,10 @@
 """Named places where the tests make this process fail. Nothing happens, at the price of one look at an empty dict,
-unless `LLM_TRAINER_FAILPOINTS="name=action[:nth]"` is set: the nth hit (default 1) of that place is killed or raises.
-
-    LLM_TRAINER_FAILPOINTS="save.before-rename=kill:2" llm-trainer train --config tiny
-
-Actions: kill (SIGKILL to itself), term, int, stop (those signals), eio, enospc, raise. The name `*` counts every place.
-"""
+unless `LLM_TRAINER_FAILPOINTS="name=action[:nth]"` is set: the nth hit (default 1) of that place is killed or raises."""
 from __future__ import annotations
+#
+#   LLM_TRAINER_FAILPOINTS="save.before-rename=kill:2" llm-trainer train --config tiny
+#
+# Actions: kill (SIGKILL to itself), term, int, stop (those signals), eio, enospc, raise. The name `*` counts every place.
 
 import errno
 import os

@@ -1,9 +1,8 @@
 """A strict front end for python-fire, built from the commands' signatures. Knows nothing of training.
 
-Fire guesses types, runs a command before it complains about a misspelt flag, and cuts text at a `#`. Here the whole
-argument list is checked first; only a list without a fault reaches `fire.Fire`, each value spelt as a Python literal.
-"""
+Only an argument list without a fault reaches `fire.Fire`, each value spelt as a Python literal."""
 from __future__ import annotations
+# Fire alone guesses types, runs a command before it complains about a misspelt flag, and cuts text at a `#`.
 
 import inspect
 import math

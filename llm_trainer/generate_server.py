@@ -1,10 +1,8 @@
 """A warm child process that writes text on request: one JSON object a line in, one a line out. Viewers keep one open
-and never load torch themselves. Start it with: python -m llm_trainer.generate_server FOLDER [DEVICE]
-
-In:  {"id": 1, "prompt": "The", "max_new_tokens": 50, ...any field of `Sampling`}   {"cancel": 1}
-Out: {"ready": true, ...}   {"id": 1, "text": "...", "token": 5}   {"id": 1, "error": "one message"}
-     {"id": 1, "finish": "length", "tokens": 50, "seconds": 0.1}
-"""
+and never load torch themselves. Start it with: python -m llm_trainer.generate_server FOLDER [DEVICE]"""
+# In:  {"id": 1, "prompt": "The", "max_new_tokens": 50, ...any field of `Sampling`}   {"cancel": 1}
+# Out: {"ready": true, ...}   {"id": 1, "text": "...", "token": 5}   {"id": 1, "error": "one message"}
+#      {"id": 1, "finish": "length", "tokens": 50, "seconds": 0.1}
 
 import json
 import os

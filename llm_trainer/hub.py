@@ -119,10 +119,10 @@ def _splits(found: Iterable[str], name: str) -> tuple[str, str | None]:
 
 def fetch(
     repo: str,  # The name on the hub
-    config: str | None,
+    config: str | None,  # Which of its configurations, where there are several
     revision: str | None,  # A commit; None: the newest
-    streaming: bool,
-    notify: Notify,
+    streaming: bool,  # Read row by row instead of keeping a copy on disk
+    notify: Notify,  # Told what a person should know
 ) -> dict:  # Each split's rows
     "Open a dataset of the hub"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -158,8 +158,8 @@ def open_hub(
     name: str,  # wikitext-2, or a name on the hub such as roneneldan/TinyStories
     data,  # A `DataConfig`: dataset_config, dataset_revision, text_column, val_fraction, offline, streaming
     data_dir: Path,  # The workspace's data/ folder
-    notify: Notify = print,
-    progress: Progress | None = None,
+    notify: Notify = print,  # Told what a person should know
+    progress: Progress | None = None,  # Told how far it is
 ) -> Corpus:
     "Open a corpus that comes from the hub"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name):

@@ -202,14 +202,20 @@ class Watch:
 
     def _build(self):
         "The widgets, and what wakes the thread"
-        grid = dict(gridcolor="rgba(128,128,128,.2)", zeroline=False, linecolor="rgba(128,128,128,.5)")
+        clear, grid = "rgba(0,0,0,0)", dict(gridcolor="rgba(128,128,128,.2)", zeroline=False, linecolor="rgba(128,128,128,.5)")
         self.figure = go.FigureWidget(layout=dict(
-            height=340, margin=dict(l=55, r=15, t=10, b=45), hovermode="x unified", uirevision="step", showlegend=True,
-            paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#808080",
-            legend=dict(x=1, y=1, xanchor="right", yanchor="top", bgcolor="rgba(0,0,0,0)"),
-            xaxis=dict(grid, title=AXES["step"]), yaxis=dict(grid, title="loss, nats per token")))
+            autosize=True, height=340, margin=dict(l=55, r=15, t=25, b=45), hovermode="x unified", uirevision="step", showlegend=True,
+            paper_bgcolor=clear, plot_bgcolor=clear, font_color="#808080",
+            legend=dict(x=1, y=1, xanchor="right", yanchor="top", bgcolor=clear),
+            hoverlabel=dict(bgcolor="#333", bordercolor="#333", font_color="#fff", namelength=-1),
+            modebar=dict(bgcolor=clear, color="#808080", activecolor=COLOURS[0], remove=["select2d", "lasso2d", "sendChartToCloud"]),
+            xaxis=dict(grid, title=AXES["step"], showspikes=False),
+            yaxis=dict(grid, title="loss, nats per token", hoverformat=".4f")))
+        self.figure._config = dict(responsive=True, displaylogo=False)
         self.head, self.progress = W.HTML(), W.FloatProgress(max=1., layout=W.Layout(width="99%", height="14px"))
-        self.run, self.compare = W.Dropdown(description="run"), W.SelectMultiple(description="compare", rows=3)
+        short = dict(description_width="initial")
+        self.run = W.Dropdown(description="run", style=short)
+        self.compare = W.SelectMultiple(description="compare with", rows=3, style=short)
         self.x = W.ToggleButtons(options=list(AXES), style=dict(button_width="5em"))
         self.smoothing = W.FloatSlider(0, min=0, max=.99, step=.01, description="smoothing")
         self.log = W.ToggleButton(False, description="log", layout=W.Layout(width="5em"))
@@ -257,7 +263,7 @@ class Watch:
     def _resume_run(self, run):
         "As many epochs more as the field beside the button says"
         launch.resume(run, workspace.find(self.runs), more_epochs=self.more.value)
-        return f"{run.id} goes on for {self.more.value} more"
+        return f"{run.id} goes on for {self.more.value} more epoch{'s' * (self.more.value > 1)}"
 
     def _generate(self, run):
         "A text from the run's best checkpoint, drawn by a process of its own: this kernel stays small"
@@ -317,6 +323,7 @@ class Watch:
         others, chosen = [i for i in options if i != now], [i for i in self.compare.value if i != now]
         if list(self.compare.options) != others:
             self.compare.options, self.compare.value = others, [i for i in chosen if i in others]
+        self._set(self.compare.layout, display="flex" if others else "none")
 
     def _draw(self):
         "Bring the figure up to date; does nothing when nothing changed"

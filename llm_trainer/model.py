@@ -50,7 +50,7 @@ def attend(
 # %% ../nbs/05_model.ipynb #90bfb83f
 class GPT2Attention(nn.Module):
     "Multi-head attention; one matrix makes queries, keys and values"
-    def __init__(self, cfg, layer:int):
+    def __init__(self, cfg, layer:int): # A `ModelConfig`; which layer, from 0: its place in the cache
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.c_attn, self.c_proj = nn.Linear(cfg.n_embd, 3*cfg.n_embd), nn.Linear(cfg.n_embd, cfg.n_embd)
@@ -64,7 +64,7 @@ class GPT2Attention(nn.Module):
 # %% ../nbs/05_model.ipynb #1690c8bd
 class GPT2MLP(nn.Module):
     "Four times as wide inside, with GELU (Hendrycks and Gimpel 2016) in its tanh form"
-    def __init__(self, cfg):
+    def __init__(self, cfg): # A `ModelConfig`
         super().__init__()
         self.c_fc, self.c_proj = nn.Linear(cfg.n_embd, cfg.n_hidden), nn.Linear(cfg.n_hidden, cfg.n_embd)
 
@@ -73,7 +73,7 @@ class GPT2MLP(nn.Module):
 # %% ../nbs/05_model.ipynb #286c7461
 class GPT2Block(nn.Module):
     "Attention, then MLP, each added to the residual stream behind a LayerNorm (Radford et al. 2019)"
-    def __init__(self, cfg, layer:int):
+    def __init__(self, cfg, layer:int): # A `ModelConfig`; which layer, from 0: its place in the cache
         super().__init__()
         self.dropout = cfg.dropout
         self.ln_1, self.attn = nn.LayerNorm(cfg.n_embd), GPT2Attention(cfg, layer)
@@ -111,7 +111,7 @@ class GPT2(nn.Module):
 # %% ../nbs/05_model.ipynb #a788296d
 class RMSNorm(nn.Module):
     "Divides by the root mean square over the last dimension, then scales (Zhang and Sennrich 2019)"
-    def __init__(self, size:int, eps:float):
+    def __init__(self, size:int, eps:float): # Channels; what is added to their mean square
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
 
@@ -151,7 +151,7 @@ def project(
 # %% ../nbs/05_model.ipynb #70f3492e
 class Qwen3Attention(nn.Module):
     "Grouped-query attention with normalised queries and keys and rotary positions (Yang et al. 2025)"
-    def __init__(self, cfg, layer:int, eps:float):
+    def __init__(self, cfg, layer:int, eps:float): # A `ModelConfig`; which layer, from 0; `eps` of the norms
         super().__init__()
         self.cfg, self.layer, c, d = cfg, layer, cfg.n_embd, cfg.head_size
         self.q_proj = nn.Linear(c, cfg.n_head*d, bias=False)
@@ -170,7 +170,7 @@ class Qwen3Attention(nn.Module):
 # %% ../nbs/05_model.ipynb #24c76da8
 class Qwen3MLP(nn.Module):
     "SwiGLU: one projection gates the other (Shazeer 2020)"
-    def __init__(self, cfg):
+    def __init__(self, cfg): # A `ModelConfig`
         super().__init__()
         c, f = cfg.n_embd, cfg.n_hidden
         self.gate_proj, self.up_proj = nn.Linear(c, f, bias=False), nn.Linear(c, f, bias=False)
@@ -183,7 +183,7 @@ class Qwen3MLP(nn.Module):
 # %% ../nbs/05_model.ipynb #690835c8
 class Qwen3Block(nn.Module):
     "Attention, then MLP, each added to the residual stream behind an RMSNorm"
-    def __init__(self, cfg, layer:int, eps:float):
+    def __init__(self, cfg, layer:int, eps:float): # A `ModelConfig`; which layer, from 0; `eps` of the norms
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(cfg.n_embd, eps), RMSNorm(cfg.n_embd, eps)
         self.self_attn = Qwen3Attention(cfg, layer, eps)
@@ -196,7 +196,7 @@ class Qwen3Block(nn.Module):
 # %% ../nbs/05_model.ipynb #0ed771f3
 class Qwen3(nn.Module):
     "Tokens in, the residual stream after the last norm out; positions live in the attention"
-    def __init__(self, cfg, rows:int, rope_theta:float, eps:float):
+    def __init__(self, cfg, rows:int, rope_theta:float, eps:float): # As in `GPT2`; base of the angles; `eps` of the norms
         super().__init__()
         self.embed_tokens, self.dropout = embedding(rows, cfg.n_embd), cfg.dropout
         self.layers = nn.ModuleList(Qwen3Block(cfg, i, eps) for i in range(cfg.n_layer))

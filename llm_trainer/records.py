@@ -54,7 +54,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or f
 
 
 def write_all(fd: int, data: bytes) -> None:
-    "Writes all of `data`, in as many pieces as it takes"
+    "Writes all of `data` to the file descriptor `fd`, in as many pieces as it takes"
     while data: data = data[os.write(fd, data):]
 
 
@@ -166,7 +166,7 @@ class Appender:
 class Follower:
     "Reads what was added to a growing file since the last `poll`; a missing file is an empty one"
     def __init__(self,
-        path: Path,
+        path: Path, # A file that may grow, be replaced or not be there yet
         parse: Callable[[bytes], Any] = parse, # Makes a row of a line; None leaves it out
         limit: int = 4 << 20 # Bytes read by one poll at most
     ): self.path, self.parse, self.limit, self._at, self._inode = path, parse, limit, 0, None
@@ -187,7 +187,7 @@ class Follower:
 
 
 def log_line(line: bytes) -> str:
-    "A line of a log, safe to print; of a progress bar only its last state"
+    "`line` of a log, safe to print; of a progress bar only its last state"
     return clean(line.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "replace"), keep="\t")
 
 # %% ../nbs/08a_records.ipynb #635e8b97

@@ -83,7 +83,7 @@ def known(
 
 # %% ../nbs/09_runs.ipynb #d7e37e71
 def silence(
-    state: dict[str, Any],
+    state: dict[str, Any], # As in state.json
     wall: float | None = None, # The clock on the wall, else now
     monotonic: float | None = None # The clock since boot, else now
 ) -> float: # Seconds since the loop last made progress
@@ -95,7 +95,7 @@ def silence(
 
 
 def patience(
-    state: dict[str, Any]
+    state: dict[str, Any] # As in state.json
 ) -> float: # Seconds
     "How long a run may be silent before it counts as stalled"
     usual = max(60, 10 * (state["step_seconds"] or 0))
@@ -117,7 +117,7 @@ def derive(
 class Run:
     "The folder of one run; reading it never blocks, slows or changes the training"
     def __init__(self,
-        folder: Path,
+        folder: Path, # `runs/<id>/`
         lock: host.Lock | None = None # The run's lock, where this process holds it
     ): self.folder, self.lock = Path(folder), lock
 
@@ -304,7 +304,7 @@ def is_run(folder: Path) -> bool:
 
 
 def list_runs(
-    runs: Path
+    runs: Path # The folder of all runs
 ) -> list[Run]: # Newest first
     "Every run of the workspace; none when there is no such folder"
     try: names = os.listdir(runs)
@@ -314,7 +314,7 @@ def list_runs(
 
 
 def find_run(
-    runs: Path,
+    runs: Path, # The folder of all runs
     text: str | None = None # A name or a unique beginning of one; None: the newest
 ) -> Run:
     "The run that `text` means; NotFoundError when there is none, UsageError when there are several"
@@ -338,10 +338,10 @@ class RunWriter:
     EVERY = 0.5  # seconds between two states while stepping, and between two looks into control/
 
     def __init__(self,
-        run: Run,
+        run: Run, # Whose files are written
         lock: host.Lock, # The run's lock, held
         clock: Callable[[], float] = time.monotonic, # Never jumps
-        wall: Callable[[], float] = time.time
+        wall: Callable[[], float] = time.time # The one that people read
     ):
         if not lock.held: raise BusyError(f"{run.id} is not ours to write: its lock is not held.")
         self.run, self.lock, self.clock, self.wall = run, lock, clock, wall

@@ -91,7 +91,9 @@ def write_tokens(
 # %% ../nbs/10_sampler.ipynb #418ddf71
 class TextStream:
     "Bytes of tokens in, text out as soon as it is certain: whole characters, and nothing that may become a stop string"
-    def __init__(self, stop:tuple[str, ...]=()):
+    def __init__(self,
+        stop:tuple[str, ...]=() # Strings that end the text, themselves not part of it
+    ):
         self.stop, self.held, self.stopped = stop, "", False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -248,7 +248,7 @@ def prepare_tokenizer(
     data,  # A `DataConfig`: tokenizer, vocab_size
     corpora: list[tuple[Corpus, float]] | list[Corpus],  # What the run trains on
     data_dir: Path,  # The workspace's data/ folder
-    notify: Notify = print,
+    notify: Notify = print,  # Told what a person should know
 ) -> Tokenizer:
     "The tokenizer that `data` asks for: trained on the corpora (or taken from the cache), or loaded from a path"
     data_dir = Path(data_dir)

@@ -257,7 +257,12 @@ def shape_of(folder:Path)->dict: # Model settings but dropout
     return {name: value for name, value in shape.items() if name != "dropout"}
 
 
-def description(config:Config, resolution:Resolution, material:Material, model:GPT)->dict:
+def description(
+    config:Config, # Its settings
+    resolution:Resolution, # What every `auto` became
+    material:Material, # Its tokenizer and token files
+    model:GPT # Counted
+)->dict: # For meta.json
     "What the run's record says of a run, beyond its settings"
     return dict(material.meta, config=config.to_dict(), resolution=resolution.to_dict(),
                 device=dict(type=resolution.device, name=resolution.device_name, memory=resolution.memory_bytes),

@@ -176,7 +176,7 @@ def _fill(model, todo, key, file, path):
     setattr(model.get_submodule(owner), last, torch.nn.Parameter(from_hf(model, name, file.get_tensor(key)).float()))
 
 def read_json(path, limit=8_000_000):
-    "A JSON object from a file that is there, small enough, and really one"
+    "The JSON object in the file `path`, which must be there, at most `limit` bytes, and really one"
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist; a model folder holds config.json and model.safetensors")
     size = path.stat().st_size

@@ -1,8 +1,8 @@
 """The process that trains a run: waits for its turn, turns events into files, and always has a last word.
 
-`work` is the same in the foreground and in the background, where `python -m llm_trainer.worker` is a process of its
-own. It loads torch when its turn has come, so runs that wait cost next to nothing."""
+`work` is the same in the foreground and in a background process of its own, `python -m llm_trainer.worker`."""
 from __future__ import annotations
+# It loads torch when its turn has come, so runs that wait cost next to nothing.
 
 import argparse
 import os

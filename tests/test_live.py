@@ -46,7 +46,7 @@ def view():
         views.append(watch(*args, **kw))
         return views[-1]
     yield open_view
-    for v in views: v.close(); v._thread.join(5)
+    for v in views: v.close(); v._thread.join(60)
 
 
 class Elements(HTMLParser):
@@ -63,7 +63,15 @@ def test_watch_shows_the_newest_run_and_returns_at_once(runs, view):
     write(runs, "newer")
     v = view(runs=runs)
     assert v.run.value == "newer" and "completed" in v.head.value and "a list" in v.samples.value
-    assert len(v.figure.data[1].x) == 50 and v.compare.options == ("older",)
+    assert len(v.figure.data[1].x) == 50 and v.compare.options == ("older",) and v.compare.layout.display == "flex"
+
+
+def test_the_figure_takes_the_width_of_its_cell_and_offers_no_upload(runs, view):
+    write(runs, "only-one")
+    v = view(runs=runs)
+    assert v.figure.layout.width is None and v.figure.layout.autosize and v.figure._config["responsive"]
+    assert "sendChartToCloud" in v.figure.layout.modebar.remove and not v.figure._config["displaylogo"]
+    assert v.compare.layout.display == "none"
 
 
 def test_it_follows_what_is_written_without_piling_up(runs, view):
@@ -109,7 +117,7 @@ def test_watching_again_replaces_the_old_view(runs, view):
     write(runs, "again")
     old = view("again", runs)
     new = view("again", runs)
-    old._thread.join(5)
+    old._thread.join(60)
     assert not old._thread.is_alive() and new._thread.is_alive() and len(new.figure.data[1].x) == 50
 
 
@@ -125,7 +133,7 @@ def test_a_button_says_what_went_wrong(runs, view):
     v = view("bare", runs)
     v.resume.disabled = False
     v.resume.click()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not v.said.value and time.monotonic() < deadline: time.sleep(.02)
     assert "settings.ini" in v.said.value or "can't be read" in v.said.value
 
