@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 from textual.widgets import Input, Select
-from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, shows, still, text_of,
-                       told, until)
+from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
+                       text_of, told, until)
 
 from llm_trainer.runs import Run
 from llm_trainer.tui.glyphs import braille, line, to_ascii
@@ -75,6 +75,7 @@ async def test_one_run_is_enough(empty, world):
 async def test_numbers_move_and_only_their_line_is_painted_again(world):
     async with world.app().run_test(size=(80, 24)) as pilot:
         await shows(pilot, RUNNING)
+        await settle(pilot)
         table = pilot.app.screen.table
         painted = []
         refresh = table.refresh
@@ -282,7 +283,7 @@ async def test_resume_shows_the_plan_before_anything_happens(world):
         await press(pilot, "e")
         await shows(pilot, f"Resume {FINISHED}", "nothing left to train")
         await press(pilot, "2")
-        await shows(pilot, "The plan", "epoch 4")
+        await shows(pilot, "The plan", "epoch 4", "lr         1.53e-05 → 0.002", "347 more, about 1m23s")
         await press(pilot, "escape")
         assert len(Run(world.space.runs / FINISHED).attempts()) == 1
 
@@ -640,7 +641,7 @@ PICTURES = [
     picture("checkpoints", keys=("6",), run=RUNNING, waits="ETA 32s", wants="best latest"),
     picture("compare", (100, 30), keys=("space", "space", "c"), waits=RUNNING, wants="Settings that differ"),
     picture("stop", keys=("x",), waits=RUNNING, wants="Keep training"),
-    picture("resume", keys=("e", "2"), run=FINISHED, waits="completed", wants="to         epoch 4"),
+    picture("resume", keys=("e", "2"), run=FINISHED, waits="completed", wants="more, about"),
     picture("start", keys=("n",), waits=RUNNING, wants="[model]"),
     picture("generate", keys=("g",), waits=RUNNING, wants="^g writes")]
 
@@ -653,7 +654,6 @@ def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded
         await shows(pilot, waits)
         await press(pilot, *keys)
         if wants: await shows(pilot, wants)
-        still(pilot.app)
-        await pilot.pause(0.2)
+        await settle(pilot)
     try: assert snap_compare(world.app(run), terminal_size=size, run_before=story)
     finally: world.close()
