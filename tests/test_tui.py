@@ -623,9 +623,21 @@ def test_ascii_is_as_wide_as_what_it_stands_for():
 
 # -- Pictures --
 
+WRITTEN = ("class is a new object with the name of the given module. If the default is not given, the value is returned "
+           "as a string, and the list of the names is sorted.\n\nThe method raises a TypeError if the first argument is not an "
+           "instance of the class.")
+
+
+def writes(screen) -> None:
+    "What a child process answers, as it was recorded from a real one"
+    screen.prompt = "The "
+    for answer in ({"ready": True, "device": "cpu"}, {"text": WRITTEN}, {"tokens": 93, "seconds": 0.27, "finish": "length"}):
+        screen._answer(answer, "step-00000200", [])
+
+
 def picture(name: str, size: tuple[int, int] = (80, 24), keys: tuple[str, ...] = (), run: str | None = None, waits: str = "",
-            wants: str = "", recorded: bool = True):
-    return pytest.param(size, keys, run, waits, wants, recorded, id=name)
+            wants: str = "", recorded: bool = True, then=None):
+    return pytest.param(size, keys, run, waits, wants, recorded, then, id=name)
 
 
 PICTURES = [
@@ -643,17 +655,18 @@ PICTURES = [
     picture("stop", keys=("x",), waits=RUNNING, wants="Keep training"),
     picture("resume", keys=("e", "2"), run=FINISHED, waits="completed", wants="more, about"),
     picture("start", keys=("n",), waits=RUNNING, wants="[model]"),
-    picture("generate", keys=("g",), waits=RUNNING, wants="^g writes")]
+    picture("generate", keys=("g",), waits=RUNNING, wants="^g writes", then=writes)]
 
 
-@pytest.mark.parametrize("size, keys, run, waits, wants, recorded", PICTURES)
-def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded):
+@pytest.mark.parametrize("size, keys, run, waits, wants, recorded, then", PICTURES)
+def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded, then):
     world = World(tmp_path, recorded)
 
     async def story(pilot):
         await shows(pilot, waits)
         await press(pilot, *keys)
         if wants: await shows(pilot, wants)
+        if then: then(pilot.app.screen)
         await settle(pilot)
     try: assert snap_compare(world.app(run), terminal_size=size, run_before=story)
     finally: world.close()
