@@ -77,12 +77,12 @@ def _spawn(run: Run, space: Workspace) -> subprocess.Popen:
     try:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "llm_trainer.worker", str(run.folder), "--lock-fd", str(run.lock.fileno())],
-            cwd=space.root, env=_environment(space), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            cwd=space.root, env=environment(space), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True, pass_fds=[run.lock.fileno()])
     finally: os.close(log)
 
 
-def _environment(space: Workspace) -> dict[str, str]:
+def environment(space: Workspace) -> dict[str, str]:
     "Ours, with the way to this package where it is not an installed one"
     home, paths = str(Path(__file__).resolve().parent.parent), sysconfig.get_paths()
     extra = [] if home in (paths["purelib"], paths["platlib"]) else [home]

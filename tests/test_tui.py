@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 from textual.widgets import Input, Select
-from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, shows, still, text_of,
-                       told, until)
+from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
+                       text_of, told, until)
 
 from llm_trainer.runs import Run
 from llm_trainer.tui.glyphs import braille, line, to_ascii
@@ -75,6 +75,7 @@ async def test_one_run_is_enough(empty, world):
 async def test_numbers_move_and_only_their_line_is_painted_again(world):
     async with world.app().run_test(size=(80, 24)) as pilot:
         await shows(pilot, RUNNING)
+        await settle(pilot)
         table = pilot.app.screen.table
         painted = []
         refresh = table.refresh
@@ -282,7 +283,7 @@ async def test_resume_shows_the_plan_before_anything_happens(world):
         await press(pilot, "e")
         await shows(pilot, f"Resume {FINISHED}", "nothing left to train")
         await press(pilot, "2")
-        await shows(pilot, "The plan", "epoch 4")
+        await shows(pilot, "The plan", "epoch 4", "lr         1.53e-05 → 0.002", "347 more, about 1m23s")
         await press(pilot, "escape")
         assert len(Run(world.space.runs / FINISHED).attempts()) == 1
 
@@ -622,9 +623,21 @@ def test_ascii_is_as_wide_as_what_it_stands_for():
 
 # -- Pictures --
 
+WRITTEN = ("class is a new object with the name of the given module. If the default is not given, the value is returned "
+           "as a string, and the list of the names is sorted.\n\nThe method raises a TypeError if the first argument is not an "
+           "instance of the class.")
+
+
+def writes(screen) -> None:
+    "What a child process answers, as it was recorded from a real one"
+    screen.prompt = "The "
+    for answer in ({"ready": True, "device": "cpu"}, {"text": WRITTEN}, {"tokens": 93, "seconds": 0.27, "finish": "length"}):
+        screen._answer(answer, "step-00000200", [])
+
+
 def picture(name: str, size: tuple[int, int] = (80, 24), keys: tuple[str, ...] = (), run: str | None = None, waits: str = "",
-            wants: str = "", recorded: bool = True):
-    return pytest.param(size, keys, run, waits, wants, recorded, id=name)
+            wants: str = "", recorded: bool = True, then=None):
+    return pytest.param(size, keys, run, waits, wants, recorded, then, id=name)
 
 
 PICTURES = [
@@ -640,20 +653,20 @@ PICTURES = [
     picture("checkpoints", keys=("6",), run=RUNNING, waits="ETA 32s", wants="best latest"),
     picture("compare", (100, 30), keys=("space", "space", "c"), waits=RUNNING, wants="Settings that differ"),
     picture("stop", keys=("x",), waits=RUNNING, wants="Keep training"),
-    picture("resume", keys=("e", "2"), run=FINISHED, waits="completed", wants="to         epoch 4"),
+    picture("resume", keys=("e", "2"), run=FINISHED, waits="completed", wants="more, about"),
     picture("start", keys=("n",), waits=RUNNING, wants="[model]"),
-    picture("generate", keys=("g",), waits=RUNNING, wants="^g writes")]
+    picture("generate", keys=("g",), waits=RUNNING, wants="^g writes", then=writes)]
 
 
-@pytest.mark.parametrize("size, keys, run, waits, wants, recorded", PICTURES)
-def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded):
+@pytest.mark.parametrize("size, keys, run, waits, wants, recorded, then", PICTURES)
+def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded, then):
     world = World(tmp_path, recorded)
 
     async def story(pilot):
         await shows(pilot, waits)
         await press(pilot, *keys)
         if wants: await shows(pilot, wants)
-        still(pilot.app)
-        await pilot.pause(0.2)
+        if then: then(pilot.app.screen)
+        await settle(pilot)
     try: assert snap_compare(world.app(run), terminal_size=size, run_before=story)
     finally: world.close()

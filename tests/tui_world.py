@@ -1,10 +1,14 @@
-"""The world of the watcher's tests: copies of the recorded runs, a frozen clock, and what a screen shows as text."""
+"""The world of the watcher's tests: copies of the recorded runs, a frozen clock, and what a screen shows as text.
+
+Nothing here takes a pause for an event: a loaded machine is late, so everything is waited for, with a generous limit."""
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from textual.widgets import Input, TextArea
 
 from llm_trainer import workspace
 from llm_trainer.host import Lock
+from llm_trainer.runs import Run
 from llm_trainer.tui.app import WatchApp, make_app
 from llm_trainer.workspace import Workspace
 
@@ -22,6 +27,7 @@ from record_runs import NOW  # noqa: E402
 
 RUNNING, FINISHED, FAILED, CRASHED, STOPPED, DIVERGED = (
     "clear-otter-3fa9", "brave-wren-77c0", "dawn-reef-0b1e", "late-heron-93d4", "quiet-larch-5a6b", "wise-crane-e1d2")
+LIMIT = 60.0  # seconds that anything may take
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -47,11 +53,24 @@ class World:
         self.locks.append(lock)
 
     def save(self, name: str, losses: dict[int, float]) -> None:
-        "Real, if small, checkpoints"
+        "Checkpoints with small weights and the record of training that a resume is planned by"
         from llm_trainer.checkpoint import Checkpoints
+        run = Run(self.space.runs / name)
+        config, (attempt,) = run.config(), run.attempts()
+        train, steps = config["training"], attempt["target_steps"]
+        batch = train["batch_size"] * train["grad_accum_steps"]
+        record = {"format_version": 1, "config": config, "target_position": steps * batch, "target_step": steps, "schedule": {
+            "kind": train["schedule"], "total": steps, "peak_lr": train["lr"], "warmup": train["warmup_steps"],
+            "min_ratio": train["min_lr"] / train["lr"], "decay_fraction": train["decay_fraction"], "before": None}}
         store = Checkpoints(self.space.checkpoints / name, name, keep=0, notify=lambda text: None)
+
+        def write(folder: Path, step: int) -> None:
+            (folder / "model.safetensors").write_bytes(bytes(8_000))
+            (folder / "state").mkdir()
+            reached = {"step": step, "position": step * batch, "epoch": attempt["target_epochs"] * step / steps}
+            (folder / "state" / "trainer.json").write_text(json.dumps({**record, **reached}))
         for step, loss in losses.items():
-            store.save(step, lambda folder: (folder / "model.safetensors").write_bytes(bytes(8_000)) and None)
+            store.save(step, lambda folder, step=step: write(folder, step))
             store.record(step, loss)
         store.verify()
 
@@ -67,32 +86,42 @@ def text_of(app: WatchApp) -> str:
     return "\n".join("".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips())
 
 
-async def until(pilot: Pilot, true: Callable[[], object], seconds: float = 12.0) -> None:
+async def until(pilot: Pilot, true: Callable[[], object], seconds: float = LIMIT) -> None:
     "Wait for something that polling brings; fails with what the screen shows instead"
-    for _ in range(int(seconds / 0.05)):
+    end = time.monotonic() + seconds
+    while True:
+        late = time.monotonic() > end
         await pilot.pause()
         if true(): return
+        if late: raise AssertionError(f"it did not happen; the screen shows\n{text_of(pilot.app)}")
         await asyncio.sleep(0.05)
-    raise AssertionError(f"it did not happen; the screen shows\n{text_of(pilot.app)}")
 
 
-async def shows(pilot: Pilot, *parts: str, seconds: float = 12.0) -> str:
+async def shows(pilot: Pilot, *parts: str, seconds: float = LIMIT) -> str:
     "Wait until the screen shows all parts; gives its text"
     await until(pilot, lambda: all(part in text_of(pilot.app) for part in parts), seconds)
     return text_of(pilot.app)
 
 
 async def press(pilot: Pilot, *keys: str) -> None:
+    "Type like somebody who looks: a screen that a key opens is there, and has the focus, before the next key"
     for key in keys:
         await pilot.press(key)
-        await pilot.pause()
+        await until(pilot, lambda: (screen := pilot.app.screen).is_mounted and (screen.focused or not screen.focus_chain))
 
 
-def still(app: WatchApp) -> None:
-    "Stop what blinks"
-    for box in app.screen.query("Input, TextArea"):
-        assert isinstance(box, Input | TextArea)
-        box.cursor_blink = False
+async def settle(pilot: Pilot) -> None:
+    "Wait until the screen holds still, with nothing blinking"
+    same, before = 0, None
+    end = time.monotonic() + LIMIT
+    while same < 6:
+        assert time.monotonic() < end, f"it does not hold still\n{text_of(pilot.app)}"
+        for box in pilot.app.screen.query("Input, TextArea"):
+            assert isinstance(box, Input | TextArea)
+            box.cursor_blink = False
+        await pilot.pause(0.1)
+        now = [list(strip) for strip in pilot.app.screen._compositor.render_strips()]
+        same, before = same + 1 if now == before else 0, now
 
 
 async def told(pilot: Pilot, *parts: str) -> None:

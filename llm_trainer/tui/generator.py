@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm_trainer.launch import environment
 from llm_trainer.workspace import Workspace
 
 LINE = 1 << 22  # bytes of one answer at most
@@ -32,12 +32,10 @@ class Generator:
         "Have a process for this checkpoint, an old one if there is"
         if self.alive and self.folder == folder: return
         await self.close()
-        home, pipe = str(Path(__file__).resolve().parents[2]), asyncio.subprocess.PIPE
-        path = os.pathsep.join(filter(None, ["" if home in sys.path and "site-packages" in home else home,
-                                             os.environ.get("PYTHONPATH", "")]))
+        pipe = asyncio.subprocess.PIPE
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "llm_trainer.generate_server", str(folder), stdin=pipe, stdout=pipe, stderr=pipe,
-            cwd=self.workspace.root, limit=LINE, start_new_session=True, env={**os.environ, **({"PYTHONPATH": path} if path else {})})
+            cwd=self.workspace.root, limit=LINE, start_new_session=True, env=environment(self.workspace))
         self.folder, self._errors = folder, b""
         self._listener = asyncio.create_task(self._listen(self.process))
 

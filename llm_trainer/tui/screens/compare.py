@@ -20,6 +20,7 @@ from llm_trainer.tui.widgets.plot import Curve, Plot
 from llm_trainer.tui.widgets.top_bar import TopBar
 
 LETTERS = "ABCDEFGH"
+COLORS = ["$primary", "$warning", "$success", "$accent", "$error", "$secondary", "$foreground", "$foreground 50%"]  # as curve--0 …
 FIGURES = {  # width and text of each figure; the last ones leave first where the terminal is narrow
     "loss": (8, lambda row, curves: number(row.loss, 4)), "val": (8, lambda row, curves: number(row.val_loss, 4)),
     "best": (8, lambda row, curves: number(row.best, 4)), "step": (8, lambda row, curves: steps(row.step)),
@@ -100,7 +101,7 @@ class CompareScreen(Polling, Screen[None]):
         text = [Content.styled(head, "$foreground 60%")]
         for i, (row, (_, curves)) in enumerate(zip(self.rows, self.followed)):
             cells = "".join(f"{show(row, curves):>{size}}" for size, show in shown.values())
-            text.append(Content.assemble((f"{LETTERS[i]} ", "bold"), f"{line(row.id, width):<{width}}",
+            text.append(Content.assemble((f"{LETTERS[i]} ", f"bold {COLORS[i]}"), f"{line(row.id, width):<{width}}",
                                          (f"  {row.sign} {row.word:<11}", f"${row.color}"), cells))
         return Content("\n").join([*text, Content(""), *self._differences()])
 
@@ -111,7 +112,7 @@ class CompareScreen(Polling, Screen[None]):
         if not names: return [Content.styled("No setting differs.", "$foreground 60%")]
         width = max(10, min(24, (self.size.width - 24) // len(flat)))
         text = [Content.assemble(("Settings that differ".ljust(22), "bold $primary"),
-                                 *((f"{LETTERS[i]:<{width}}", "bold") for i in range(len(flat))))]
+                                 *((f"{LETTERS[i]:<{width}}", f"bold {COLORS[i]}") for i in range(len(flat))))]
         for name in names:
             text.append(Content.assemble((f"{line(name, 20):<22}", "$foreground 60%"),
                                          *(f"{line(each.get(name, '–'), width - 1):<{width}}" for each in flat)))

@@ -123,7 +123,7 @@ class GenerateScreen(Screen[None]):
         elif answer.get("finish"):
             count, took = answer.get("tokens") or 0, answer.get("seconds") or 0
             ends = {"length": "as long as asked", "eot": "the model ended it", "stop": "at a stop text", "cancelled": "stopped"}
-            self._say(" · ".join([f"{count} tokens in {took:.1f} s", *([f"{count / took:,.0f} tok/s"] if took else []),
+            self._say(" · ".join([f"{count} tokens in {took:.{1 + (took < 1)}f} s", *([f"{count / took:,.0f} tok/s"] if took else []),
                                   ends.get(answer["finish"], line(answer["finish"], 20)), source, *notes]))
 
     def _paint(self, now: bool = False) -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from typing import Any
 
@@ -34,7 +33,7 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
 
     def __init__(self, run_id: str):
         super().__init__()
-        self.run_id, self.wish = run_id, None
+        self.run_id, self.wish, self.planned = run_id, {}, asyncio.Event()
 
     def compose(self) -> ComposeResult:
         steps = launch.saved_steps(self.app.workspace.checkpoints / self.run_id)
@@ -55,47 +54,54 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
                 yield Button("Back", id="back", compact=True)
                 yield Button("Resume", id="go", compact=True)
 
-    def on_mount(self) -> None: self._plan()
-
     @on(Input.Changed)
     @on(Select.Changed)
-    def _plan(self) -> None:
-        "Show what would happen; nothing is changed"
-        more, plan = self.query_one("#more", Input).value.strip(), self.query_one("#lr-plan", Select).value
-        self.wish = dict(more_epochs=int(more) if more.lstrip("-").isdecimal() else None, checkpoint=self.query_one("#place", Select).value,
-                         lr_plan=plan if more or plan != "redecay" else None)
-        try:
-            found = launch.plan_resume(Run(self.app.workspace.runs / self.run_id), self.app.workspace, **self.wish)
-            text, ok = str(found), not found.nothing_to_do
-        except (LLMTrainerError, OSError) as problem: text, ok = str(problem), False
-        self._show(text, ok, "lr, time   …" if ok else "")
-        if ok: self._foresee()
+    def on_mount(self) -> None:
+        "Plan again for what the fields say"
+        more, lr_plan = self.query_one("#more", Input).value.strip(), self.query_one("#lr-plan", Select).value
+        self.wish = {"more_epochs": int(more) if more.lstrip("-").isdecimal() else None,
+                     "checkpoint": self.query_one("#place", Select).value,
+                     "lr_plan": lr_plan if more or lr_plan != "redecay" else None}
+        self.planned.clear()
+        self._plan()
 
-    def _show(self, text: str, ok: bool, more: str = "") -> None:
-        texts = [clean(row, keep="")[:200] for row in [*text.splitlines(), *([more] if more else [])]]
+    @work(exclusive=True, group="plan")
+    async def _plan(self) -> None:
+        """Show what would happen; nothing is changed. Files tell it, read in a thread as a checkpoint may be large; learning
+        rates, steps and time are asked of the command line, in a process that may load torch"""
+        run, space = Run(self.app.workspace.runs / self.run_id), self.app.workspace
+        try: plan = await asyncio.to_thread(lambda: launch.plan_resume(run, space, **self.wish))
+        except (LLMTrainerError, OSError) as problem: return self._show(str(problem), False)
+        if plan.nothing_to_do: return self._show(str(plan), False)
+        self._show(f"{plan}\nlr, time   …", True)
+        await asyncio.sleep(0.4)  # somebody may be typing
+        self._show(await self._foreseen() or str(plan), True)
+
+    async def _foreseen(self) -> str:
+        "The plan in the words of `resume --dry-run`; nothing when it can't tell"
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.wish.items() if value is not None]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-c", "from llm_trainer.cli import main; main()", "resume", self.run_id, "--dry-run", *flags,
+            env=launch.environment(self.app.workspace), stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+        try: said, _ = await process.communicate()
+        finally:
+            if process.returncode is None: process.kill()
+        return said.decode("utf-8", "replace") if process.returncode == 0 else ""
+
+    def _show(self, text: str, ok: bool) -> None:
+        texts = [clean(row, keep="")[:200] for row in text.splitlines()]
         if ok: rows = [Content.assemble((row[:11], "$foreground 60%"), row[11:]) for row in texts]
         else: rows = [Content.styled(row, "" if i else "$warning") for i, row in enumerate(texts)]
         rows = [Content.styled("\nThe plan", "bold $primary"), *rows] if ok else [Content(""), *rows]
         self.query_one("#plan", Static).update(Content("\n").join(rows))
         self.query_one("#go", Button).disabled = not ok
-
-    @work(exclusive=True, group="foresee")
-    async def _foresee(self) -> None:
-        "Learning rate before and after, steps and time: asked of the command line, in a process that may load torch"
-        await asyncio.sleep(0.4)
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.wish.items() if value is not None]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "from llm_trainer.cli import main; main()", "resume", self.run_id, "--dry-run", *flags,
-            env={**os.environ, "LLM_TRAINER_HOME": str(self.app.workspace.root)}, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
-        try: said, _ = await process.communicate()
-        finally:
-            if process.returncode is None: process.kill()
-        if process.returncode == 0: self._show(said.decode("utf-8", "replace"), True)
+        self.planned.set()
 
     @on(Input.Submitted)
     @on(Button.Pressed, "#go")
-    def action_go(self) -> None:
+    async def action_go(self) -> None:
+        await self.planned.wait()
         if not self.query_one("#go", Button).disabled: self.dismiss({"run_id": self.run_id, **self.wish})
 
     @on(Button.Pressed, "#back")

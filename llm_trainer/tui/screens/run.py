@@ -43,9 +43,9 @@ CHECKPOINT_COLUMNS = [
     Column("step", "step", 9, lambda c, w: [(steps(c.step), "strong")], 0, True),
     Column("pins", "kept as", 14, lambda c, w: [("★ " if "best" in c.pins else "  ", "warning"), (" ".join(c.pins), "")], 1),
     Column("val", "val loss", 8, lambda c, w: [(number(c.val_loss, 4), "")], 2, True),
-    Column("size", "size", 9, lambda c, w: [(size(c.bytes), "")], 4, True),
-    Column("saved", "saved", 6, lambda c, w: [(c.saved, "dim")], 5, True),
-    Column("verified", "verified", 24, lambda c, w: [(f"✓ {c.verified} ago" if c.verified not in ("", "now") else "✓ now", "success")
+    Column("size", "size", 8, lambda c, w: [(size(c.bytes), "")], 4, True),
+    Column("saved", "saved", 5, lambda c, w: [(c.saved, "dim")], 5, True),
+    Column("verified", "verified", 23, lambda c, w: [(f"✓ {c.verified} ago" if c.verified not in ("", "now") else "✓ now", "success")
                                                      if c.verified else ("not since it was written", "dim")], 3, grow=20)]
 
 
@@ -144,14 +144,18 @@ class RunScreen(Polling, RunActions, Screen[None]):
         self.query_one(TopBar).show(["llm_trainer", self.run_id], [fact for fact in facts if fact])
         share = "" if row.fraction is None else f"{row.fraction * 100:3.0f}%"
         left = Content.assemble((f"{row.sign} {row.word:<12}", f"bold ${row.color}"))
-        right = Content.assemble(f" {share}   ", ("step ", "$foreground 60%"), f"{steps(row.step)}/{steps(row.steps)}   ",
-                                 ("epoch ", "$foreground 60%"), f"{epochs(row)}   ",
-                                 *([("ETA ", "$foreground 60%"), (duration(row.eta), "bold")] if row.live else
-                                   [("took ", "$foreground 60%"), duration(row.elapsed)]))
+        ahead = [("step", f"{steps(row.step)}/{steps(row.steps)}"), ("epoch", epochs(row)),
+                 ("ETA", duration(row.eta)) if row.live else ("took", duration(row.elapsed))]
+        moved = []
+        while len(ahead) > 1 and left.cell_length + 13 + sum(len(name) + len(value) + 4 for name, value in ahead) > width:
+            moved.append(ahead.pop(0))
+        right = Content("   ").join([Content(f" {share}"), *(Content.assemble((f"{name} ", "$foreground 60%"), (
+            value, "bold" if name == "ETA" else "")) for name, value in ahead)])
         done, rest = bar(row.fraction, max(4, width - left.cell_length - right.cell_length))
         first = Content.assemble(left, (done, f"${row.color}"), (rest, "$panel-lighten-2"), right)
-        pairs = [("loss", number(row.loss, 4)), ("val", number(row.val_loss, 4)), ("best", number(row.best, 4)),
-                 ("speed", f"{count(row.rate)} tok/s"), ("memory", size(row.memory)), ("saved at", steps(row.checkpoint))]
+        pairs = [("loss", number(row.loss, 4)), ("val", number(row.val_loss, 4)), ("best", number(row.best, 4)), *moved,
+                 ("speed", f"{count(row.rate)} tok/s" if row.rate else "–"), ("memory", size(row.memory)),
+                 ("saved at", steps(row.checkpoint))]
         if row.live: pairs.append(("for", duration(row.elapsed)))
         if row.pid and row.live: pairs.append(("pid", str(row.pid)))
         second, used = [], 0
@@ -161,8 +165,8 @@ class RunScreen(Polling, RunActions, Screen[None]):
             second.append(Content.assemble((f"{name} ", "$foreground 60%"), (value, "bold" if name in ("loss", "val") else "")))
         text = [first, Content("   ").join(second)]
         if row.reason and row.status != "stopped":
-            text.append(Content.assemble((f"{row.code}: " if row.code else "", f"bold ${row.color}"), row.reason,
-                                         ("  → ", "$foreground 60%"), (row.command, "bold")))
+            text.append(Content.assemble((f"{row.code}: " if row.code else "", f"bold ${row.color}"), row.reason))
+            text.append(Content.assemble(("→ ", "$foreground 60%"), (row.command, "bold")))
         elif row.doing: text.append(Content.styled(row.doing, "$foreground 60%"))
         elif row.status in ("crashed", "stalled", "stopped"):
             text.append(Content.styled({"crashed": "Its process is gone; everything saved is safe. Press e to go on.",
@@ -253,7 +257,7 @@ class RunScreen(Polling, RunActions, Screen[None]):
         self.tab = name
         self.query_one("#parts", ContentSwitcher).current = name
         self.query_one(TabLine).current = name
-        part = self.query_one(f"#{name}")
+        part = self.plot if name == "loss" else self.query_one(f"#{name}")
         if part.can_focus: part.focus()
         else: self.set_focus(None)
         if name == "config": self._config()

@@ -4,9 +4,10 @@ from __future__ import annotations
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding
+from textual.containers import Horizontal
 from textual.content import Content
 from textual.screen import Screen
-from textual.widgets import Input, Static
+from textual.widgets import Input, Label, Static
 
 from llm_trainer.terminal import count, duration
 from llm_trainer.tui.glyphs import LIVE, bar, braille, line, number, steps
@@ -14,7 +15,7 @@ from llm_trainer.tui.messages import RunsRead
 from llm_trainer.tui.readers import Overview, RunRow
 from llm_trainer.tui.screens.actions import Polling, RunActions
 from llm_trainer.tui.widgets.key_bar import KeyBar
-from llm_trainer.tui.widgets.lines import Lines
+from llm_trainer.tui.widgets.lines import Lines, flow
 from llm_trainer.tui.widgets.table import Column, Table
 from llm_trainer.tui.widgets.top_bar import TopBar
 
@@ -42,7 +43,7 @@ def epochs(row: RunRow) -> str:
 COLUMNS = [
     Column("run", "run", 16, lambda r, w: [(line(r.id, w), "strong")], 0, grow=12),
     Column("state", "state", 13, lambda r, w: [(f"{r.sign} ", r.color), (r.word, r.color)], 0),
-    Column("progress", "progress", 13, progress, 3, grow=6),
+    Column("progress", "progress", 11, progress, 3, grow=8),
     Column("step", "step", 15, lambda r, w: [(f"{steps(r.step)}/{steps(r.steps)}" if r.steps else steps(r.step), "")], 7,
            True),
     Column("epoch", "epoch", 8, lambda r, w: [(epochs(r), "")], 9, True),
@@ -78,7 +79,9 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         yield Table(COLUMNS, lambda row: row.id, id="runs", empty="")
         yield Static(id="welcome", markup=False)
         yield Lines(id="detail")
-        yield Input(id="filter", placeholder="part of a name, state, dataset or note", compact=True)
+        with Horizontal(id="filter-line"):
+            yield Label("filter")
+            yield Input(id="filter", placeholder="part of a name, state, dataset or note", compact=True)
         yield KeyBar()
 
     def on_mount(self) -> None:
@@ -86,7 +89,7 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         self.problem, self.sort, self.acts_on = "", "age", None
         self.overview = Overview(self.app.workspace, self.app.clock)
         self.table.sorted_by = self.sort
-        self.query_one("#filter").display = False
+        self.query_one("#filter-line").display = False
         self.show()
         self.start_polling()
 
@@ -132,8 +135,7 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         else: text = Content.assemble(
             ("No run yet.\n\n", "bold"), "Press ", ("n", "bold $primary"), " to start one here, or type in a shell:\n\n",
             ("    llm-trainer train --config quickstart --background\n\n", "$success"),
-            "It trains a small model on Python's own documentation in about three minutes,\n"
-            "and appears here by itself.")
+            "It trains a small model on Python's own documentation in about three minutes, and appears here by itself.")
         self.query_one("#welcome", Static).update(text)
 
     @on(Table.Moved)
@@ -148,11 +150,11 @@ class RunsScreen(Polling, RunActions, Screen[None]):
             return
         facts = [("step", f"{steps(row.step)}/{steps(row.steps)}" if row.steps else steps(row.step)), ("epoch", epochs(row)),
                  ("best", number(row.best)), ("speed", f"{count(row.rate)} tok/s" if row.rate else "–"),
-                 ("saved at", steps(row.checkpoint)), ("for", duration(row.elapsed) if row.elapsed is not None else "–")]
+                 ("saved at", steps(row.checkpoint)), ("for", duration(row.elapsed))]
         if row.dataset: facts.append(("on", f"{row.dataset}, {row.device or '–'}"))
         text = [Content.assemble((f"{row.sign} {row.word} ", f"${row.color}"), (row.id, "bold"),
                                  (f"  {row.note}" if row.note else "", "italic $foreground 60%")),
-                Content("   ").join(Content.assemble((f"{name} ", "$foreground 60%"), value) for name, value in facts)]
+                *flow((Content.assemble((f"{name} ", "$foreground 60%"), value) for name, value in facts), self.size.width - 2)]
         if row.reason: text.append(Content.assemble((f"{row.code}: " if row.code else "", "$error"), row.reason))
         else: text.append(Content.assemble(("shell  ", "$foreground 60%"), row.command))
         box.show(Content("\n").join(text))
@@ -192,10 +194,11 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         self.sort = self.table.sorted_by = key
         self.show()
 
+    def on_resize(self) -> None: self._detail()
+
     def action_filter(self) -> None:
-        box = self.query_one("#filter", Input)
-        box.display = True
-        box.focus()
+        self.query_one("#filter-line").display = True
+        self.query_one("#filter", Input).focus()
 
     @on(Input.Changed, "#filter")
     def _filter(self) -> None:
@@ -205,12 +208,12 @@ class RunsScreen(Polling, RunActions, Screen[None]):
     @on(Input.Submitted, "#filter")
     def _filtered(self) -> None:
         self.table.focus()
-        if not self.query_one("#filter", Input).value: self.query_one("#filter").display = False
+        if not self.query_one("#filter", Input).value: self.query_one("#filter-line").display = False
 
     def action_clear(self) -> None:
-        box = self.query_one("#filter", Input)
-        if not box.display: self.table.unmark()
-        box.value, box.display = "", False
+        box, line = self.query_one("#filter", Input), self.query_one("#filter-line")
+        if not line.display: self.table.unmark()
+        box.value, line.display = "", False
         self.table.focus()
         self.show()
 

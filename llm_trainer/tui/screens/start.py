@@ -1,6 +1,8 @@
 """Start a run: a profile, and every setting with its reason; only what you change is passed on."""
 from __future__ import annotations
 
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from textual import on, work
@@ -24,6 +26,13 @@ def shown(value: Any) -> str:
     if isinstance(value, bool): return str(value).lower()
     if isinstance(value, float): return f"{value:g}"
     return line(value, 200)
+
+
+def purpose(profile: Path) -> str:
+    "What a profile says of itself: the comment at its head"
+    try: lines = profile.read_text(errors="replace").splitlines()
+    except OSError as problem: return str(problem)
+    return line(" ".join(row.lstrip("# ") for row in takewhile(lambda row: row.startswith("#"), lines)), 400)
 
 
 class Field(Horizontal):
@@ -79,7 +88,7 @@ class StartScreen(Screen[str | None]):
             with Horizontal(classes="field"):
                 yield Label("run name", classes="name")
                 yield Input(compact=True, id="run-name", placeholder="two words")
-                yield Label("small letters, digits, dashes; empty: two words", classes="hint")
+                yield Label("small letters, digits and dashes", classes="hint")
             with Horizontal(classes="field"):
                 yield Label("note", classes="name")
                 yield Input(compact=True, id="note", placeholder="for you")
@@ -87,7 +96,7 @@ class StartScreen(Screen[str | None]):
         with VerticalScroll(id="fields", can_focus=False):
             group = ""
             for knob in settings.fields().values():
-                if knob.group != group: yield Static(f"[{knob.group}]", classes="group", markup=False)
+                if knob.group != group: yield Static(f"[{knob.group}]", classes="group", id=f"group-{knob.group}", markup=False)
                 group = knob.group
                 yield Field(knob)
         yield Static(id="about", markup=False)
@@ -126,6 +135,8 @@ class StartScreen(Screen[str | None]):
     def _find(self, part: str) -> None:
         for field in self.query(Field):
             field.display = part.lower() in field.knob.name or part.lower() in field.knob.description.lower()
+        found = {field.knob.group for field in self.query(Field) if field.display}
+        for title in self.query(".group"): title.display = title.id.removeprefix("group-") in found
 
     def _check(self) -> None:
         "Ask the config itself; its words appear beside the field they are about"
@@ -149,8 +160,9 @@ class StartScreen(Screen[str | None]):
     def _describe(self) -> None:
         field = self.focused.parent if self.focused is not None and isinstance(self.focused.parent, Field) else None
         if self.problem: return self._about(self.problem.splitlines()[0], True)
-        if field is None: return self._about("Choose a profile, change what you like, then ^s starts the run. "
-                                             "It goes on when you close the watcher.")
+        if self.focused is self.query_one("#profile"):
+            return self._about(purpose(settings.profiles(self.app.workspace.configs)[self.query_one("#profile", Select).value]))
+        if field is None: return self._about("^s starts the run. It goes on when you close the watcher.")
         self._about(f"{field.knob.name}: {field.knob.description}. Default: {shown(field.knob.default) or 'derived'}.")
 
     def _about(self, text: str, wrong: bool = False) -> None:

@@ -1,8 +1,19 @@
 """A few lines of text that are laid out again only when their number changes and painted only when they differ."""
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from textual.content import Content
 from textual.widgets import Static
+
+
+def flow(parts: Iterable[Content], width: int, gap: int = 3) -> list[Content]:
+    "The parts side by side, on as many lines as they need; none of them is broken"
+    rows: list[Content] = []
+    for part in parts:
+        if rows and rows[-1].cell_length + gap + part.cell_length <= width: rows[-1] = Content.assemble(rows[-1], " " * gap, part)
+        else: rows.append(part)
+    return rows
 
 
 class Lines(Static):

@@ -237,8 +237,10 @@ class Plot(PlotWidget, inherit_bindings=False):
             points = at(reduced.x, reduced.mean)
             pairs = [(*a, *b) for a, b in zip(points, points[1:])]
         if curve.kind != "marks": canvas.draw_hires_lines(pairs, HiResMode.BRAILLE, style)
-        if curve.kind in ("points", "marks"): return [(x, v, curve.tag or "•", style) for x, v in zip(reduced.x, reduced.mean)]
-        return [(reduced.x[-1], reduced.mean[-1], curve.tag, style)] if curve.tag else []
+        marks = list(zip(reduced.x, reduced.mean))
+        if curve.kind in ("line", "raw"): marks = marks[-1:] if curve.tag else []
+        elif curve.kind == "points" and len(marks) > dots // 8: marks = marks[-1:]  # so close they would hide the curves
+        return [(x, v, curve.tag or "•", style) for x, v in marks]
 
     def _mark(self, canvas: QuietCanvas, x: float, y: float, sign: str, style: str) -> None:
         px, py = self.get_hires_pixel_from_coordinate(x, y)

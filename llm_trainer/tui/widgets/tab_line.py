@@ -26,14 +26,19 @@ class TabLine(Widget):
         super().__init__()
         self.parts = parts
 
+    @property
+    def gap(self) -> int:
+        "Air between the parts, less of it where it is narrow"
+        return 3 if sum(len(title) + 5 for title in self.parts.values()) <= self.size.width else 1
+
     def render(self) -> RenderResult:
-        texts = [Content.assemble((f" {i} ", "$primary" if name == self.current else "$foreground 60%"),
-                                  (f"{title} ", "bold underline" if name == self.current else "$foreground 60%"))
+        texts = [Content.assemble((f"{i} ", "$primary" if name == self.current else "$foreground 60%"),
+                                  (title, "bold underline" if name == self.current else "$foreground 60%"))
                  for i, (name, title) in enumerate(self.parts.items(), 1)]
-        return Content(" ").join(texts)
+        return Content(" " * self.gap).join(texts)
 
     def on_click(self, event: events.Click) -> None:
-        x = 0
+        x = self.styles.padding.left
         for name, title in self.parts.items():
-            if x <= event.x < x + len(title) + 4: self.post_message(self.Chosen(name))
-            x += len(title) + 5
+            if x <= event.x < x + len(title) + 2: self.post_message(self.Chosen(name))
+            x += len(title) + 2 + self.gap

@@ -155,7 +155,10 @@ class Table(ScrollView, Generic[Row], can_focus=True):
         self.cursor = index
 
     @property
-    def gap(self) -> int: return 1 if self.size.width < 100 else 2
+    def gap(self) -> int:
+        "Air between columns, where it costs none of them"
+        room = self.scrollable_content_region.width - 1
+        return 2 if sum(column.width + 2 for column in self.columns) - 2 <= room else 1
 
     def fitted(self) -> list[tuple[Column[Row], int]]:
         "The columns that fit the width, with the widths they get"
