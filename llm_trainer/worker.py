@@ -171,8 +171,8 @@ def _less_memory(run: Run, text: str) -> str:
     training = run.config().get("training", {})
     batch, accum = training.get("batch_size") or 1, training.get("grad_accum_steps") or 1
     less = (f"--batch-size {batch // 2} --grad-accum-steps {accum * 2} (as many tokens a step)" if batch > 1 else
-            "--seq-len, --n-layer or --n-embd smaller than now")
-    return f"Memory ran out. {text.partition(chr(10))[0][:200]}\nTry: llm-trainer train {less}"
+            "a smaller --seq-len, --n-layer or --n-embd")
+    return f"Memory ran out. {text.partition(chr(10))[0][:200]}\nStart it again with {less}."
 
 
 # -- Signals, requests and the heartbeat --
