@@ -56,7 +56,7 @@ docs: $(BIN)/.dev    ## The site, into _docs/
 readme: $(BIN)/.dev  ## README.md from nbs/index.ipynb
 	$(PYTHON) dev/readme.py
 
-torture: $(BIN)/.dev ## The whole fault battery for BUDGET (90m); adds to RELIABILITY.md
+torture: $(BIN)/.dev ## The whole fault battery for BUDGET (90m), a process a core; adds to RELIABILITY.md
 	$(PYTHON) -m tests.torture --budget $(BUDGET)
 
 soak: $(BIN)/.dev    ## The battery for a day

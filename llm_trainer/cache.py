@@ -95,7 +95,7 @@ def prepared(
         if problem: notify(f"{folder} is made again: {problem}.")
         work = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        work.mkdir(mode=0o700, parents=True)
         try:
             record = {"format_version": 1, **build(work)}
             record["files"] = {f.name: {"size": f.stat().st_size, "sha256": _seal(f)} for f in sorted(work.iterdir())}

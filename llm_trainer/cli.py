@@ -203,7 +203,8 @@ def _go(run, space, background: bool, json: bool):
     if background:
         state = run.status()
         if json: return print(show.as_json({**state, "folder": str(run.folder)}))
-        show.say(f"Run {run.id} is {state['status']} (pid {state['pid']}). It goes on when this shell closes.")
+        after = f" behind {', '.join(state['waiting_for'])}" if state["waiting_for"] else ""
+        show.say(f"Run {run.id} is {state['status']}{after} (pid {state['pid']}). It goes on when this shell closes.")
         return show.say(*_next(run))
     if not json: show.say(f"Run {run.id}. Meanwhile, from any other shell:", *_next(run), "")
     from llm_trainer import follow, worker

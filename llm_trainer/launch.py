@@ -11,7 +11,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llm_trainer import failpoints, host
 from llm_trainer.checkpoint import Checkpoints
 from llm_trainer.errors import BusyError, CheckpointError, NotFoundError, UsageError
 from llm_trainer.records import CREATE, FULL, read_json, remove, sync_folder, write_whole
-from llm_trainer.runs import Run, check_id, create_run, is_run, sweep
+from llm_trainer.runs import RUN_ID, Run, check_id, create_run, is_run, sweep
 from llm_trainer.workspace import Workspace
 
 LR_PLANS = ("redecay", "hold", "rewarm")
@@ -55,8 +55,10 @@ def _go(run: Run, space: Workspace, background: bool, parallel: bool, **attempt)
     try:
         run.add_attempt(**attempt)
         mark(run, "queued")
+        queue = Queue(space.runs, run.config())
+        queue.leave(run)  # a ticket of an earlier attempt is worth nothing
         if not background: return run
-        if not parallel: Queue(space.runs, run.config()).enter(run)
+        if not parallel: queue.enter(run)
         worker = _spawn(run, space)
     except BaseException as e:
         code = "disk_full" if isinstance(e, OSError) and e.errno in FULL else "error"
@@ -65,9 +67,14 @@ def _go(run: Run, space: Workspace, background: bool, parallel: bool, **attempt)
         raise
     run.lock = run.lock.release()  # the worker's copy of the descriptor holds it on
     deadline = time.monotonic() + 0.7
-    while run.state()["pid"] != worker.pid and worker.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
+    while not _began(run.state(), worker.pid) and worker.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
     threading.Thread(target=worker.wait, daemon=True).start()  # a long-lived caller leaves no zombie
     return run
+
+
+def _began(state: dict[str, Any], pid: int) -> bool:
+    "Does the worker train, or say what it waits for?"
+    return state["pid"] == pid and (state["status"] != "queued" or bool(state["waiting_for"]))
 
 
 def _spawn(run: Run, space: Workspace) -> subprocess.Popen:
@@ -121,7 +128,8 @@ def own(run: Run):
 # -- One at a time on a device --
 
 class Queue:
-    """The runs that wait for a device, in order of creation: a ticket each, and a lock for the one whose turn it is.
+    """The runs that wait for a device, in order of creation: a ticket each, and a lock for the one that has it, which
+    signs the lock with its name.
 
     A ticket counts only while its run's lock is held, so one left by a killed process holds nobody up."""
 
@@ -133,11 +141,14 @@ class Queue:
 
     def enter(self, run: Run) -> None:
         "Takes the next ticket"
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._open()
         os.close(os.open(self.folder / f"{time.time_ns():020d}.{run.id}", os.O_WRONLY | CREATE, 0o600))
 
+    def _open(self) -> None:
+        for folder in (self.folder.parent, self.folder): folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def ahead(self, run: Run) -> list[str]:
-        "The runs that come before this one, in order; all that wait when it has no ticket"
+        "The runs whose ticket comes before this one's, in order; all that wait when it has none"
         tickets, ahead = sorted(name for name in os.listdir(self.folder) if "." in name), []
         for ticket in tickets:
             run_id = ticket.partition(".")[2]
@@ -146,10 +157,28 @@ class Queue:
             else: (self.folder / ticket).unlink(missing_ok=True)
         return ahead
 
+    def before(self, run: Run) -> list[str]:
+        "The run that has the device, then those whose turn comes before this one's"
+        return [*self._holder(), *self.ahead(run)]
+
+    def _holder(self) -> list[str]:
+        "The run that holds the device's lock, by the name it wrote there"
+        try: name = self.lock.path.read_text("ascii", "replace")
+        except OSError: return []
+        held = RUN_ID.fullmatch(name) and all(map(host.is_locked, (self.lock.path, self.runs / name / "lock")))
+        return [name] if held else []
+
     def turn(self, run: Run) -> bool:
         "Takes the device if it is this run's turn and the device is free"
-        if self.ahead(run) or not self.lock.acquire(): return False
+        if self.ahead(run) or not self._take(run): return False
         self.leave(run)
+        return True
+
+    def _take(self, run: Run) -> bool:
+        if not self.lock.acquire(): return False
+        with suppress(OSError):  # a full disk costs the others the name, not this run the device
+            os.ftruncate(self.lock.fileno(), 0)
+            os.pwrite(self.lock.fileno(), run.id.encode(), 0)
         return True
 
     def leave(self, run: Run) -> None:
@@ -160,10 +189,12 @@ class Queue:
         "Has this run a ticket?"
         return any(self.folder.glob(f"*.{run.id}"))
 
-    def claim(self) -> None:
-        "Takes the device out of turn, if it is free, so that those with tickets wait for this run"
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.lock.acquire()
+    def claim(self, run: Run) -> list[str]:
+        "Takes the device out of turn, if it is free, so that those with tickets wait for this run; gives those before it"
+        self._open()
+        others = self.before(run)
+        self._take(run)
+        return others
 
 
 # -- Resuming --

@@ -355,7 +355,7 @@ class RunWriter:
                       "epochs": attempt.get("target_epochs"), "steps": attempt.get("target_steps"), "reason": None,
                       "eta_seconds": None, "acknowledged": {}, "waiting_for": [], "progress": None}
         self.state["created_at"] = self.state["created_at"] or run.meta.get("created_at")
-        self._began = clock() - self.state["elapsed_seconds"]
+        self._begin()
         self._history = deque(self.state["loss_history"], maxlen=60)
         self._progress()
 
@@ -369,8 +369,7 @@ class RunWriter:
     def update(self, **state) -> None:
         "Changes the state and writes it at once"
         with self._guard:
-            if state.get("status") == "running" != self.state["status"]:  # waiting in the queue is not training
-                self._began = self.clock() - self.state["elapsed_seconds"]
+            if state.get("status") == "running" != self.state["status"]: self._begin()
             self.state.update(state)
             self._save()
 
@@ -413,6 +412,7 @@ class RunWriter:
             if self.finished: return
             reason = {"code": code, "message": message and message[:1000]} if code or message else None
             self.say(f"{status}{f': {message}' if message else ''}")
+            if self.state["status"] == "queued": self._begin()
             self.state.update(status=status, phase=None, reason=reason, eta_seconds=None, waiting_for=[])
             self._save(durable=True)
             self.finished = True
@@ -481,6 +481,10 @@ class RunWriter:
         self._append("metrics.jsonl", encode({**row, **{name: getattr(e, name) for name in names}}))
 
     def _append(self, name: str, line: bytes) -> None: self._quietly(lambda: self._files[name].write(line))
+
+    def _begin(self) -> None:
+        "The clock of the run goes on from here: waiting in the queue is not training"
+        self._began = self.clock() - self.state["elapsed_seconds"]
 
     def _progress(self) -> None: self.state.update(progress_at=self.wall(), progress_monotonic=self.clock())
 

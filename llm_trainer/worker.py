@@ -47,6 +47,13 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Remark:
+    "Something worth a line"
+    message: str
+    kind: ClassVar[str] = "note"
+
+
+@dataclass(frozen=True)
 class Stopping:
     "A request to stop was seen; the run ends at its next step"
     message: str
@@ -89,16 +96,23 @@ def work(
 
 
 def _wait_for_turn(run: Run, queue: Queue, writer: RunWriter, show) -> None:
-    "Returns when the device is this run's; at once for a run without a ticket"
-    if not queue.waits(run): return queue.claim()
+    "Returns when the device is this run's; at once, saying so, for a run without a ticket"
+    if not queue.waits(run):
+        if others := queue.claim(run): _remark(f"This run doesn't wait for its turn: {', '.join(others)} came first, and all "
+                                               "that train at once are slower.", writer, show)
+        return
     writer.update(status="queued", phase=None)
     told = None
     while not queue.turn(run):
-        if (ahead := queue.ahead(run)) != told:
-            told = ahead
-            writer.update(waiting_for=ahead)
-            show(Waiting(ahead))
+        if (before := queue.before(run)) != told:
+            told = before
+            writer.update(waiting_for=before)
+            show(Waiting(before))
         time.sleep(0.25)
+
+
+def _remark(message: str, writer: RunWriter, show) -> None:
+    for tell in (writer.log, show): tell(Remark(message))
 
 
 def _training(run: Run, space: Workspace, writer: RunWriter, show) -> Iterator:
@@ -157,8 +171,8 @@ def _less_memory(run: Run, text: str) -> str:
     training = run.config().get("training", {})
     batch, accum = training.get("batch_size") or 1, training.get("grad_accum_steps") or 1
     less = (f"--batch-size {batch // 2} --grad-accum-steps {accum * 2} (as many tokens a step)" if batch > 1 else
-            "--seq-len, --n-layer or --n-embd smaller than now")
-    return f"Memory ran out. {text.partition(chr(10))[0][:200]}\nTry: llm-trainer train {less}"
+            "a smaller --seq-len, --n-layer or --n-embd")
+    return f"Memory ran out. {text.partition(chr(10))[0][:200]}\nStart it again with {less}."
 
 
 # -- Signals, requests and the heartbeat --

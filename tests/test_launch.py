@@ -292,27 +292,63 @@ def test_a_worker_that_cannot_start_leaves_a_failed_run(space, monkeypatch):
 
 # -- The queue --
 
-def test_background_runs_wait_in_order_of_creation_without_torch(shared):
-    device = launch.Queue(shared.runs, tiny().to_dict())
-    device.claim()
+@pytest.fixture
+def busy(request):
+    "A run of ours that has the device, and the device's queue"
+    space = request.getfixturevalue("shared" if "shared" in request.fixturenames else "space")
+    run, device = create_run(space.runs, tiny().to_dict(), "busy", locked=True), launch.Queue(space.runs, tiny().to_dict())
+    assert device.claim(run) == []
+    yield run, device
+    for lock in (device.lock, run.lock): lock.release()
+
+
+def test_background_runs_wait_in_order_of_creation_without_torch(shared, busy):
+    _, device = busy
     config = tiny(epochs=1, max_steps=1, eval_every=0)
     first, gone, third = (launch.start(config, shared, name) for name in ("q1", "q2", "q3"))
-    until(lambda: third.state()["waiting_for"] == ["q1", "q2"])
+    until(lambda: third.state()["waiting_for"] == ["busy", "q1", "q2"])
+    assert first.state()["waiting_for"] == ["busy"]
     assert [run.status()["status"] for run in (first, gone, third)] == ["queued"] * 3
     if host.LINUX: assert "torch" not in Path(f"/proc/{third.state()['pid']}/maps").read_text()
-    assert launch.stop(gone)["status"] == "stopped"
-    until(lambda: third.state()["waiting_for"] == ["q1"])
+    stopped = launch.stop(gone)
+    assert stopped["status"] == "stopped" and stopped["elapsed_seconds"] == 0
+    until(lambda: third.state()["waiting_for"] == ["busy", "q1"])
     device.lock.release()
     assert [ended(run)["status"] for run in (first, third)] == ["completed"] * 2
     assert first.meta["prepared_at"] < third.meta["prepared_at"] and "prepared_at" not in gone.meta
     assert sorted(os.listdir(device.folder)) == ["lock"]
+    assert device.folder.stat().st_mode & 0o777 == device.folder.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_run_without_a_ticket_does_not_wait(space):
-    launch.Queue(space.runs, tiny().to_dict()).claim()
-    run = launch.start(tiny(), space, background=False)
-    last = event("finished", status="completed", code=None, message=None)
-    assert worker.work(run, space, events=lambda writer: iter([last])) == 0
+COMPLETED = event("finished", status="completed", code=None, message=None)
+
+
+def test_a_run_without_a_ticket_does_not_wait_and_says_so(space, busy):
+    shown, run = [], launch.start(tiny(), space, background=False)
+    assert worker.work(run, space, shown.append, events=lambda writer: iter([COMPLETED])) == 0
+    assert "busy came first" in shown[0].message and any("busy came first" in line for line in run.log_tail())
+
+
+def test_the_ticket_of_a_run_stopped_in_the_queue_is_worth_nothing(space, busy):
+    _, device = busy
+    last = launch.start(tiny(), space, "last")
+    until(lambda: last.state()["waiting_for"])
+    launch.stop(last)
+    next_ = launch.start(tiny(), space, "next")
+    again = launch.resume(last, space, background=False)
+    assert not device.waits(again) and device.ahead(again) == ["next"]
+    assert worker.work(again, space, events=lambda writer: iter([COMPLETED])) == 0
+    launch.stop(next_)
+
+
+@pytest.mark.parametrize("damage", ["", "gone", "../busy", "\n" * 10**6, "\ufffd"])
+def test_a_device_lock_that_names_nobody_is_still_held(space, busy, damage):
+    _, device = busy
+    device.lock.path.write_text(damage)
+    other = create_run(space.runs, tiny().to_dict(), "other", locked=True)
+    device.enter(other)
+    assert device.before(other) == [] and not launch.Queue(space.runs, tiny().to_dict()).turn(other)
+    other.lock.release()
 
 
 def test_text_that_is_missing_is_a_matter_of_data(space):
@@ -325,9 +361,8 @@ def test_text_that_is_missing_is_a_matter_of_data(space):
     assert worker.work(run, space, events=events) == 3 and run.state()["reason"]["code"] == "data"
 
 
-def test_a_killed_waiter_holds_nobody_up(space):
-    device = launch.Queue(space.runs, tiny().to_dict())
-    device.claim()
+def test_a_killed_waiter_holds_nobody_up(space, busy):
+    _, device = busy
     run = launch.start(tiny(), space, "waits")
     until(lambda: run.state()["pid"])
     os.kill(run.state()["pid"], signal.SIGKILL)
@@ -440,22 +475,26 @@ def write(run, state):
     write_whole(run.folder / "state.json", {**run.state(), **state})
 
 
-def _start_same(space):
-    try: return launch.start(tiny(), space, "same", background=False).lock.held
-    except (UsageError, BusyError) as e: return e.exit_code
+def _start_same(space): return launch.start(tiny(), space, "same", background=False)
+def _resume_same(space): return launch.resume(find_run(space.runs, "trained"), space, background=False)
 
 
-def _resume_same(space):
-    try: run = launch.resume(find_run(space.runs, "trained"), space, background=False)
-    except BusyError as e: return e.exit_code
-    time.sleep(1)
-    return run.lock.held
+def _contend(act, space, all_tried):
+    "Exits with 0 where `act` got the run, which is held until everyone has tried"
+    try: run = act(space)
+    except (UsageError, BusyError) as e: code = e.exit_code
+    else: code = 0 if run.lock.held else 1
+    all_tried.wait()
+    sys.exit(code)
 
 
 @pytest.mark.parametrize("act", [_start_same, _resume_same])
 def test_of_several_writers_one_wins(trained, space, act):
-    with multiprocessing.get_context("fork").Pool(4) as pool: outcome = pool.map(act, [space] * 4, chunksize=1)
-    assert outcome.count(True) == 1 and set(outcome) <= {True, 75}
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=_contend, args=(act, space, all_tried)) for all_tried in [fork.Barrier(4)] for _ in range(4)]
+    for writer in writers: writer.start()
+    for writer in writers: writer.join()
+    assert sorted(writer.exitcode for writer in writers) == [0, 75, 75, 75]
     assert len(trained.attempts()) == (2 if act is _resume_same else 1)
 
 

@@ -13,7 +13,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -26,19 +25,24 @@ class Server:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LLM_TRAINER_FAILPOINTS": "",
                "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), str(HERE.parents[1])])}
         self.process = subprocess.Popen([sys.executable, "-m", "torture.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=env)
-        assert self._read()["ready"]
-        self.ended: dict[int, int] = {}
+                                        bufsize=0, env=env)
+        self._heard, self.ended = b"", {}
+        assert self._hear()["ready"]
 
-    def _read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line: raise RuntimeError("the fork server is gone")
-        return json.loads(line)
+    def _hear(self, patience: float | None = None) -> dict | None:
+        "What the server says next; None if that is nothing for `patience` seconds"
+        while b"\n" not in self._heard:
+            if not select.select([self.process.stdout], [], [], patience)[0]: return None
+            if not (more := os.read(self.process.stdout.fileno(), 1 << 16)): raise RuntimeError("the fork server is gone")
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
+        answer = json.loads(line)
+        if "ended" in answer: self.ended[answer["ended"]] = answer["code"]
+        return answer
 
     def _tell(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        while "ended" in (answer := self._read()): self.ended[answer["ended"]] = answer["code"]
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        while "ended" in (answer := self._hear()): pass
         return answer
 
     def start(self, argv: list[str], home: Path, **how) -> Child:
@@ -47,18 +51,24 @@ class Server:
         return Child(self, self._tell(argv=argv, home=str(home), log=str(log), how=how)["pid"], log)
 
     def wait(self, pid: int, limit: float) -> int:
-        "The exit code of a child (negative: a signal's); killed and said if it takes more than `limit` seconds"
-        end, late = time.monotonic() + limit, False
+        """The exit code of a child (negative: a signal's); killed, and -1000, if it sleeps or computes for more than `limit`
+        seconds. Time in which the machine is busy with others doesn't count: a starved child is no hanging one"""
+        slept, hangs = 0.0, False
         while pid not in self.ended:
-            if select.select([self.process.stdout], [], [], 0.2)[0]:
-                answer = self._read()
-                self.ended[answer["ended"]] = answer["code"]
-            elif time.monotonic() > end and not late:
-                late = True
+            if self._hear(0.2) or hangs: continue
+            state, computed = _doing(pid)
+            slept += 0.2 * (state in "SDT")
+            if hangs := max(slept, computed) > limit:
                 with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-            elif time.monotonic() > end + 20: raise RuntimeError(f"child {pid} does not die")
         code = self.ended.pop(pid)
-        return -1000 if late else code
+        return -1000 if hangs else code
+
+
+def _doing(pid: int) -> tuple[str, float]:
+    "A process's state, as /proc has it (Z: it ended), and the seconds of CPU it used"
+    try: fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError: return "Z", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Child:
@@ -73,8 +83,7 @@ class Child:
 
     def alive(self) -> bool:
         "Whether it still runs, as far as /proc tells"
-        try: return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError: return False
+        return _doing(self.pid)[0] != "Z"
 
     def wait(self, limit: float = 120) -> int:
         "Its exit code"

@@ -53,7 +53,7 @@ FORGERIES = ("old boot", "wrong start", "other namespace", "other host", "no sta
 @cases
 def forged(case: int) -> str | None:
     """state.json forged with the pid of a live stranger (old boot, wrong start time, other namespace or host, odd
-    types, broken lock): status says crashed, stop sends no signal"""
+    types, broken lock): status says crashed, stop sends no signal, not even while somebody holds the run's lock"""
     from llm_trainer import launch
     rng, kind = random.Random(f"forged {case}"), FORGERIES[case % len(FORGERIES)]
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp, Stranger() as stranger:
@@ -83,9 +83,14 @@ def forged(case: int) -> str | None:
             case "lock is a fifo": os.mkfifo(lock)
             case "lock full of noise": lock.write_bytes(rng.randbytes(999))
         status = run.status()["status"]
-        if kind not in ("perfect, no lock",) and not kind.startswith(("lock", "garbage")):
+        held = host.Lock(lock)
+        if not kind.startswith(("lock", "garbage", "perfect")):
             for send in (host.send, host.send_group):
                 if send(state, signal.SIGTERM): status += " (and a signal was sent)"
+            held.acquire()
+            for now in (False, True): launch.stop(run, now=now, timeout=0)
+            held.release()
+            run.withdraw()
         for now in (False, True):
             try: launch.stop(run, now=now, notify=lambda text: None)
             except Exception as e: status += f" (stop raised {e!r})" if not hasattr(e, "exit_code") else ""

@@ -14,7 +14,7 @@ from llm_trainer import failpoints, workspace
 from llm_trainer.checkpoint import Checkpoints, verify, weights_hash
 from llm_trainer.runs import Run
 
-from .battery import cases, kept_folder, trial
+from .battery import cases, kept_folder, struck, trial
 from .forks import Child, server
 
 PROFILE = """
@@ -148,47 +148,63 @@ def finish(home: Path, rows_lost: bool = False) -> str | None:
     return difference(home, rows_lost)
 
 
-def life(tmp: str, rng: random.Random, kills: int) -> str | None:
-    "One run, killed `kills` times"
-    home, whole = new_home(tmp, prepared=rng.random() < .75), None
+def life(home: Path, rng: random.Random, kills: int) -> tuple[int, str | None]:
+    "One run, killed up to `kills` times: how many kills found it alive, and what is wrong"
     clean_end()
-    whole = _clean["end"][2]
+    whole, killed = _clean["end"][2], 0
     for n in range(kills):
         child = resume(home)
-        if rng.random() < .5: time.sleep(rng.uniform(0, whole * 1.1 / (1 + n / 2)))
-        else: _until_saving(child, home, rng)
+        aim = rng.choice(["anywhere"] * 4 + ["preparing", "saving", "saving", "evaluating"])
+        if aim == "anywhere": time.sleep(rng.uniform(0, whole / (1 + n / 2)))
+        elif aim == "preparing": time.sleep(rng.uniform(0, whole / 8))
+        else: _until(aim, child, home, rng)
         child.kill()
-        child.wait()
-        if problem := after_death(home): return f"kill {n + 1} of {kills}: {problem}"
-    return finish(home)
+        if (code := child.wait()) != -signal.SIGKILL:
+            if code: return killed, f"ended {code} before it was killed: {child.tail()}"
+            break
+        killed += 1
+        struck(where(home))
+        if problem := after_death(home): return killed, f"kill {n + 1} of {kills}, while {where(home)}: {problem}"
+    return killed, finish(home)
 
 
-def _until_saving(child: Child, home: Path, rng: random.Random) -> None:
-    "Wait until the child is inside its nth save"
-    folder, saves = home / "checkpoints" / RUN, rng.randrange(1, 6)
-    inside, end = False, time.monotonic() + 30
-    while time.monotonic() < end and child.alive():
-        try: now = any(name.startswith(".tmp") for name in os.listdir(folder))
-        except OSError: now = False
-        if now and not inside: saves -= 1
+def where(home: Path) -> str:
+    "What a killed run was busy with"
+    state = run_of(home).state() if run_of(home).folder.exists() else {"phase": None, "status": "queued"}
+    if state["phase"] in ("training", "saving", "evaluating", "sampling"): return state["phase"]
+    return "preparing" if state["status"] in ("queued", "running") else "ending"
+
+
+def _until(aim: str, child: Child, home: Path, rng: random.Random) -> None:
+    "Wait until the child is inside its nth save or evaluation"
+    times, inside = rng.randrange(1, 6 if aim == "saving" else 3), False
+    while child.alive():
+        now = _saves(home) if aim == "saving" else run_of(home).state()["phase"] == aim
+        if now and not inside: times -= 1
         inside = now
-        if inside and not saves: return time.sleep(rng.uniform(0, 0.006))
+        if inside and not times: return time.sleep(rng.uniform(0, 0.006))
         time.sleep(0.0003)
 
 
-@trial("T1", goal=1000, slice=3, share=6, chunk=8)
+def _saves(home: Path) -> bool:
+    "Whether a checkpoint is being written"
+    try: return any(name.startswith(".tmp") for name in os.listdir(home / "checkpoints" / RUN))
+    except OSError: return False
+
+
+@trial("T1", goal=1000, slice=3, chunk=8)
 def kills(n: int, seed: int) -> list[str]:
-    """kill -9 at random instants (half uniform, half inside a save; preparing, stepping, evaluating), resume, up to 4
-    times a run: always resumable, at most one save interval lost, weights and losses equal to an untouched run's"""
-    failures, done = [], 0
+    """kill -9 at random instants (half anywhere, half aimed at saving, evaluating and preparing; what they hit is below),
+    resume, up to 4 times a run: always resumable, at most one save interval lost, weights and losses equal to an untouched run's"""
+    failures, done, lives = [], 0, 0
     while done < n:
-        rng = random.Random(f"life {seed + done}")
-        kills = min(n - done, rng.randrange(1, 5))
+        lives += 1
+        rng = random.Random(f"life {seed} {lives}")
         with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
-            try: problem = life(tmp, rng, kills)
-            except Exception as e: problem = repr(e)
-        if problem: failures.append(f"life {seed + done}: {problem}")
-        done += kills
+            try: killed, problem = life(new_home(tmp, prepared=rng.random() < .75), rng, min(n - done, rng.randrange(1, 5)))
+            except Exception as e: killed, problem = 1, repr(e)
+        if problem: failures.append(f"case {seed}, life {lives}: {problem}")
+        done += killed  # a run that was faster than the kill is no case
     return failures
 
 
@@ -196,7 +212,7 @@ ACTIONS = ("kill", "eio", "enospc", "raise")
 PLACES = [(name, action) for action in ACTIONS for name in failpoints.NAMES]
 
 
-@trial("T2", goal=5 * len(PLACES), slice=5, share=3, chunk=8)
+@trial("T2", goal=5 * len(PLACES), slice=5, chunk=8)
 @cases
 def places(case: int) -> str | None:
     """kill, EIO, ENOSPC or an exception at each of the named places in a real run (save, prune, metrics, state, lock,
@@ -248,7 +264,7 @@ def full_disk(case: int) -> str | None:
         if problem := finish(home, rows_lost=True): return f"{how} (ended {code}): {problem}"
 
 
-@trial("T6", goal=500, slice=3, share=2, chunk=8)
+@trial("T6", goal=500, slice=3, chunk=8)
 @cases
 def writers(case: int) -> str | None:
     """two to four writers at once (train or resume of the same id): one owner, the others exit with 75 (or 2 for a
@@ -275,29 +291,40 @@ SIGNALS = {"TERM": [signal.SIGTERM], "INT": [signal.SIGINT], "TERM twice": [sign
            "INT then TERM": [signal.SIGINT, signal.SIGTERM]}
 
 
-@trial("T9", goal=50 * len(PHASES) * 2, slice=4, share=2, chunk=8)
+@trial("T9", goal=50 * len(PHASES) * 2, slice=4, chunk=8)
 @cases
 def signals(case: int) -> str | None:
-    """SIGTERM, SIGINT, twice, and one after the other in each phase: acknowledged, saved or nothing to save,
-    documented exit code, resumed equal to an untouched run"""
-    rng = random.Random(f"signals {case}")
+    """SIGTERM, SIGINT, twice, and one after the other, as each phase begins and at random instants: acknowledged, saved
+    or nothing to save, documented exit code, resumed equal to an untouched run"""
+    rng, at_random = random.Random(f"signals {case}"), case % 3 == 2
     phase, kind = PHASES[case % len(PHASES)], list(SIGNALS)[case // len(PHASES) % len(SIGNALS)]
     numbers = [int(n) for n in SIGNALS[kind]]
+    nth = 1 if phase in ("downloading", "tokenizing", "training") else rng.randrange(1, 3)
+    how = {} if at_random else {"at_phase": {"phase": phase, "signals": numbers, "nth": nth}}
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
         home = new_home(tmp, prepared=phase not in ("downloading", "tokenizing"))
-        nth = 1 if phase in ("downloading", "tokenizing", "training") else rng.randrange(1, 3)
-        child = server().start(["train", "--config", "torture", "--name", RUN], home,
-                               at_phase={"phase": phase, "signals": numbers, "nth": nth})
+        clean_end()
+        child = server().start(["train", "--config", "torture", "--name", RUN], home, **how)
+        if at_random:
+            _until_heard(child, home)
+            time.sleep(rng.uniform(0, _clean["end"][2]))
+            for number in numbers: child.kill(number)
         code = child.wait()
         state = run_of(home).status()
-        where = f"{kind} while {phase}"
+        what = f"{kind} {'at a random instant' if at_random else f'while {phase}'}"
         if code not in {128 + n for n in numbers} | ({0} if state["status"] == "completed" else set()):
-            return f"{where}: exit code {code}: {child.tail()}"
-        if state["status"] not in ("stopped", "completed"): return f"{where}: {state['status']} {state['reason']}"
-        if "stop" not in state["acknowledged"] and state["status"] == "stopped": return f"{where}: not acknowledged"
+            return f"{what}: exit code {code}: {child.tail()}"
+        if state["status"] not in ("stopped", "completed"): return f"{what}: {state['status']} {state['reason']}"
+        if "stop" not in state["acknowledged"] and state["status"] == "stopped": return f"{what}: not acknowledged"
         if len(numbers) == 1 and state["step"] and state["checkpoint_step"] != state["step"]:
-            return f"{where}: step {state['step']} not saved"
-        if problem := finish(home): return f"{where}: {problem}"
+            return f"{what}: step {state['step']} not saved"
+        struck(f"{state['status']} at step {'0' if not state['step'] else '1 or later'}")
+        if problem := finish(home): return f"{what}: {problem}"
+
+
+def _until_heard(child: Child, home: Path) -> None:
+    "Wait until the child listens to signals: before that one simply ends it, as it would any program"
+    while child.alive() and run_of(home).state()["status"] != "running": time.sleep(0.002)
 
 
 @trial("T19", goal=100, slice=3, chunk=8)

@@ -15,7 +15,7 @@ import torch
 from llm_trainer import failpoints
 from llm_trainer.checkpoint import Checkpoints, SaveFailed, read_tensors, verify, write_tensors
 
-from .battery import cases, kept_folder, trial
+from .battery import cases, kept_folder, struck, trial
 
 HERE = [name for name in failpoints.NAMES if name.split(".")[0] in ("save", "index", "prune")]
 
@@ -205,6 +205,7 @@ def killed_saves(case: int) -> str | None:
         os.waitpid(pid, 0)
         with open(done, "rb") as file: told = file.read()
         last = int.from_bytes(told[-4:], "little") if told else 30
+        struck("inside a save" if any(p.name.startswith(".tmp") for p in store.folder.iterdir()) else "between two saves")
         return sound(Checkpoints(store.folder, store.run_id, notify=lambda text: None), last)
 
 
