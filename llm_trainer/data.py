@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from .cache import Notify, Progress, prepared, sha256
 from .errors import DataError, NotFoundError
 
 # %% auto #0
-__all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'border', 'cut', 'read_txt', 'valid', 'read_jsonl', 'read_parquet',
-           'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus', 'open_corpus', 'open_files',
-           'open_mix']
+__all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'read_txt', 'valid', 'read_jsonl', 'read_parquet',
+           'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus', 'open_corpus', 'first_look',
+           'open_files', 'open_mix']
 
 # %% ../nbs/02_data.ipynb #231d9eca
 READ = 1 << 16  # bytes that are read at a time
@@ -159,7 +159,7 @@ def choose_column(
     texts = [name for name, is_text in columns.items() if is_text]
     if "text" in texts: return "text"
     if len(texts) == 1: return texts[0]
-    if not columns: return "text"
+    if not columns or "text" in columns: return "text"  # a first row may well have none
     raise DataError(_no_column(where, "text", columns))
 
 
@@ -189,6 +189,12 @@ def find_files(
     return sorted(files, key=lambda f: f.relative_to(path).parts)
 
 # %% ../nbs/02_data.ipynb #832cb22d
+def _refuse_binary(chunk: bytes, path: Path) -> None:
+    if b"\0" in chunk: raise DataError(
+        f"{path} is not plain text: it holds NUL bytes.\nIf it is UTF-16, convert it: "
+        f"iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
+
+
 def scan(
     path: Path,  # A text file
 ) -> tuple[str, int]:  # SHA-256 as hex, and how many invalid sequences were replaced
@@ -198,9 +204,7 @@ def scan(
         while True:
             chunk = f.read(READ)
             digest.update(chunk)
-            if b"\0" in chunk: raise DataError(
-                f"{path} is not plain text: it holds NUL bytes.\nIf it is UTF-16, convert it: "
-                f"iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
+            _refuse_binary(chunk, path)
             before = decoder.getstate()[0]
             if before or not chunk.isascii():
                 text = decoder.decode(chunk, final=not chunk)
@@ -217,14 +221,17 @@ def place(text: str | bytes) -> float:
 def census(
     files: Iterable[Path],  # Files of any of the kinds
     column: str = "text",  # The column of the text
+    tick: Callable[[int], None] | None = None,  # Told now and then how many bytes of text are counted
 ) -> dict:  # documents, bytes, low, high
     "Count the documents of some files"
-    count = {"documents": 0, "bytes": 0, "low": 1.0, "high": 0.0}
+    count, told = {"documents": 0, "bytes": 0, "low": 1.0, "high": 0.0}, 0
     for at, pieces in _documents(files, column):
-        size = sum(len(piece) if piece.isascii() else len(piece.encode()) for piece in pieces)
-        if not size: continue
+        before = count["bytes"]
+        for piece in pieces:
+            count["bytes"] += len(piece) if piece.isascii() else len(piece.encode())
+            if tick and count["bytes"] - told >= 64 * READ: told = count["bytes"]; tick(told)
+        if count["bytes"] == before: continue
         count["documents"] += 1
-        count["bytes"] += size
         count["low"], count["high"] = min(count["low"], at), max(count["high"], at)
     return count
 
@@ -350,6 +357,35 @@ def open_corpus(
     return open_files(path, data_dir, data.text_column, data.val_fraction, notify, progress)
 
 # %% ../nbs/02_data.ipynb #53a1298d
+def _nothing(path: Path) -> DataError:
+    return DataError(f"{path} holds no text.\nGive a file with text in it, or a built-in corpus: --dataset python-docs")
+
+
+def _look(path: Path, text_column: str | None) -> tuple[list[Path], str]:
+    "The files of a corpus, and the column of their text; refuses what the beginning of each file can tell"
+    files = find_files(path)
+    if not any(file.stat().st_size for file in files): raise _nothing(path)
+    tables = [file for file in files if file.suffix.lower() != ".txt"]
+    for file in files:
+        if file not in tables:
+            with open(file, "rb") as f: _refuse_binary(f.read(READ), file)
+    return files, choose_column(_columns(tables[0]), str(tables[0]), text_column) if tables else "text"
+
+
+def first_look(
+    data,  # A `DataConfig`
+    data_dir: Path,  # The workspace's data/ folder
+) -> None:
+    "Refuse local text that can be seen at once to be none; a built-in corpus and the hub are not looked at"
+    names = [data.dataset] if isinstance(data.dataset, str) else [part.name for part in data.dataset]
+    for name in names:
+        path = None if name in BUILTIN else _local(name, Path(data_dir))
+        if path is not None: _look(path, data.text_column)
+
+# %% ../nbs/02_data.ipynb #12b82db1
+SMALL = 1 << 20  # bytes that are counted again each time
+
+
 def open_files(
     path: Path,  # A file, or a folder of files
     data_dir: Path,  # Where the census is kept
@@ -359,9 +395,7 @@ def open_files(
     progress: Progress | None = None,
 ) -> Corpus:
     "A corpus of local files"
-    files = find_files(path)
-    tables = [f for f in files if f.suffix.lower() != ".txt"]
-    column = choose_column(_columns(tables[0]), str(tables[0]), text_column) if tables else "text"
+    files, column = _look(path, text_column)
     hashes, notes, done, total = [], [], 0, sum(f.stat().st_size for f in files)
     for file in files:
         digest, replaced = (sha256(file), 0) if file.suffix.lower() == ".parquet" else scan(file)
@@ -372,10 +406,11 @@ def open_files(
     for note in notes: notify(note)
     key = hashlib.sha256(json.dumps([[f.suffix.lower() for f in files], hashes, column]).encode()).hexdigest()[:12]
     slug = re.sub(r"[^a-z0-9-]+", "-", path.resolve().stem.lower()).strip("-")[:40] or "text"
-    build = lambda work: {"count": census(files, column)}
-    count = prepared(Path(data_dir) / f"{slug}-{key}", "corpus.json", build, notify)["count"]
-    if not count["documents"]: raise DataError(f"{path} holds no text.\nGive a file with text in it, or a built-in "
-                                               "corpus: --dataset python-docs")
+    tick = progress and (lambda done: progress("counting", min(done, total), total))  # parquet is compressed
+    build = lambda work=None: {"count": census(files, column, tick)}
+    folder = Path(data_dir) / f"{slug}-{key}"
+    count = (build() if total <= SMALL else prepared(folder, "corpus.json", build, notify))["count"]
+    if not count["documents"]: raise _nothing(path)
     return Corpus(str(path), tuple(files), tuple(hashes), count, column=column, val_fraction=val_fraction, notes=notes)
 
 # %% ../nbs/02_data.ipynb #d109e80b
