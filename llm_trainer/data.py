@@ -21,9 +21,9 @@ from .cache import Notify, Progress, prepared, sha256
 from .errors import DataError, NotFoundError
 
 # %% auto #0
-__all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'read_txt', 'valid', 'read_jsonl', 'read_parquet',
-           'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus', 'open_corpus', 'first_look',
-           'open_files', 'open_mix']
+__all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'pieces_of', 'read_txt', 'valid', 'read_jsonl',
+           'read_parquet', 'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus',
+           'open_corpus', 'first_look', 'open_files', 'open_mix']
 
 # %% ../nbs/02_data.ipynb #231d9eca
 READ = 1 << 16  # bytes that are read at a time
@@ -61,6 +61,11 @@ def cut(
             held, length = [text[at:]], len(text) - at
     if length: yield "".join(held)
 
+
+def pieces_of(text: str) -> list[str]:
+    "A whole document in such pieces; most are short, and one"
+    return [text] if 0 < len(text) < PIECE else list(cut([text]))
+
 # %% ../nbs/02_data.ipynb #8c235237
 def read_txt(
     path: Path,  # A text file
@@ -83,11 +88,12 @@ def valid(text: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
     "The line number and object of each line of a .jsonl file"
+    decode = json.JSONDecoder().decode
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if number == 1: line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip(): continue
-            try: row = json.loads(line.decode("utf-8", "replace"))
+            if line.isspace(): continue
+            try: row = decode(line.decode("utf-8", "replace"))
             except (ValueError, RecursionError) as e:
                 raise DataError(f"{path}:{number} is not JSON ({getattr(e, 'msg', e)}).\nA .jsonl file has one object "
                                 'a line, like {"text": "Once upon a time"}: mend or remove this line.') from None
@@ -96,22 +102,22 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
-def _text(value, column: str, where: str) -> str:
+def _text(value, column: str, where: str, *at) -> str:
     "The text of a cell; a missing one counts as empty"
     if value is None: return ""
-    if not isinstance(value, str): raise DataError(f"{where}: column {column!r} holds {str(value)[:40]!r}, not "
-                                                   "text.\nChoose another column: --text_column NAME")
+    if not isinstance(value, str): raise DataError(f"{where.format(*at)}: column {column!r} holds "
+                                                   f"{str(value)[:40]!r}, not text.\nChoose another column: --text_column NAME")
     return valid(value)
 
 
 def read_jsonl(
     path: Path,  # A file with one JSON object a line
     column: str = "text",  # The key of the text
-) -> Iterator[Iterator[str]]:  # Its documents, each an iterator of pieces
+) -> Iterator[list[str]]:  # Its documents, each in pieces
     "The documents of a .jsonl file"
     for number, row in _rows(path):
         if column not in row: raise DataError(_no_column(f"{path}:{number}", column, row))
-        yield cut([_text(row[column], column, f"{path}:{number}")])
+        yield pieces_of(_text(row[column], column, "{}:{}", path, number))
 
 
 def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
@@ -131,14 +137,14 @@ def _parquet(path: Path):
 def read_parquet(
     path: Path,  # A parquet file
     column: str = "text",  # The column of the text
-) -> Iterator[Iterator[str]]:  # Its documents, each an iterator of pieces
+) -> Iterator[list[str]]:  # Its documents, each in pieces
     "The documents of a .parquet file"
     file, row = _parquet(path), 0
     if column not in file.schema_arrow.names: raise DataError(_no_column(str(path), column, file.schema_arrow.names))
     try:
         for batch in file.iter_batches(batch_size=256, columns=[column]):
             for value in batch.column(0):
-                yield cut([_text(value.as_py(), column, f"{path}, row {row}")])
+                yield pieces_of(_text(value.as_py(), column, "{}, row {}", path, row))
                 row += 1
     except (ValueError, OSError) as e:
         if isinstance(e, DataError): raise
@@ -215,7 +221,10 @@ def scan(
 # %% ../nbs/02_data.ipynb #b010d557
 def place(text: str | bytes) -> float:
     "Where a document falls in [0, 1): a number made of its SHA-256, even over all documents"
-    return int(hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:13], 16) / 16 ** 13
+    return _fraction(hashlib.sha256(text if isinstance(text, bytes) else text.encode()).digest())
+
+
+def _fraction(digest: bytes) -> float: return (int.from_bytes(digest[:7], "big") >> 4) / 2 ** 52
 
 # %% ../nbs/02_data.ipynb #63ca65ca
 def census(
@@ -236,15 +245,13 @@ def census(
     return count
 
 
-def _documents(files: Iterable[Path], column: str) -> Iterator[tuple[float, Iterator[str]]]:
+def _documents(files: Iterable[Path], column: str) -> Iterator[tuple[float, Iterable[str]]]:
     "The place and the pieces of each document"
     for path in files:
         kind = path.suffix.lower()
         for pieces in READERS[kind](path, column):
-            if kind == ".txt": yield int(sha256(path)[:13], 16) / 16 ** 13, pieces
-            else:
-                pieces = list(pieces)
-                yield place("".join(pieces)), iter(pieces)
+            if kind == ".txt": yield _fraction(bytes.fromhex(sha256(path))), pieces
+            else: yield place("".join(pieces)), pieces
 
 
 def threshold(count: dict, val_fraction: float) -> float:
@@ -317,8 +324,9 @@ class Corpus:
         if held: yield "".join(held)
 
 
-def _ends(split: str, pieces: Iterator[str]) -> Iterator[tuple[str, str, bool]]:
+def _ends(split: str, pieces: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     "Each piece with its split and whether it is the last; an empty document gives none"
+    pieces = iter(pieces)
     held = next(pieces, None)
     for piece in pieces:
         yield split, held, False
