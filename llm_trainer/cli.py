@@ -56,6 +56,9 @@ def _config(space, config: str | None, knobs: dict):
     settings = load_config(config or space.config, knobs, space.configs)
     from llm_trainer.data import first_look
     first_look(settings.data, space.data)
+    if settings.data.tokenizer not in ("bpe", "char", "byte"):
+        from llm_trainer.tokenizer import prepare_tokenizer
+        prepare_tokenizer(settings.data, [], space.data)  # one that can't be read is said before there is a run
     if settings.training.init_from is None: return settings
     from llm_trainer.train import shape_of
     folder = _weights(settings.training.init_from, None).absolute()
@@ -151,7 +154,7 @@ def doctor(
     return 0 if found["ready"] else 1
 
 
-@_knobs(choose=lambda knob: knob.group == "data")
+@_knobs(choose=lambda knob: knob.group == "data" or knob.name == "seq_len")  # shorter than that is too short
 def prepare(
     *,
     # Flags

@@ -25,7 +25,7 @@ from .cache import provisional
 from .checkpoint import Checkpoints, non_finite, read_json, read_tensors, write_tensors
 from .config import Config
 from .data import open_mix
-from .device import Resolution, resolve, rng_state, seed_everything, set_rng_state
+from .device import Resolution, describe, resolve, rng_state, seed_everything, set_rng_state
 from .errors import CheckpointError, DataError, LLMTrainerError, RunFailed, UsageError
 from .model import GPT
 from .optimizer import LRPlan, build_optimizer, extend
@@ -197,7 +197,7 @@ def train(
 
     resolution = Resolution.from_dict(meta["resolution"]) if meta.get("resolution") else resolve(t, space.device)
     device = resolution.apply()
-    yield Note(f"{resolution.device_name}: {resolution.reason}; {resolution.dtype}, {resolution.threads} threads")
+    yield Note(describe(resolution))
 
     if origin: material = yield from recall(meta, Tokenizer.load(origin), config, space, progress)
     else: material = yield from prepare(config, space, Tokenizer.load(weights) if weights else None, progress)
