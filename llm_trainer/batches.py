@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import Notify, Progress, prepared, read_record
-from .data import Corpus
+from .data import PIECE, Corpus
 from .errors import DataError, NotFoundError
-from .tokenizer import Tokenizer
+from .tokenizer import EOT, Tokenizer
 
 # %% auto #0
 __all__ = ['TOGETHER', 'BLOCK', 'write_tokens', 'token_type', 'TokenCache', 'prepare_tokens', 'open_tokens', 'Windows', 'permute',
@@ -42,6 +43,20 @@ def _together(pieces: Iterator[tuple[str, str, bool]]) -> Iterator[list[tuple[st
     if batch: yield batch
 
 
+def _joined(batch: list[tuple[str, str, bool]]) -> list[tuple[str, str, bool]] | None:
+    "The same pieces in fewer texts, `<|endoftext|>` where a document ends; None if it occurs elsewhere, too"
+    parts, texts = {"train": [], "val": []}, []
+    for split, text, last in batch: parts[split].append(text + EOT if last else text)
+    for split, ours in parts.items():
+        start = length = 0
+        for end, text in enumerate(ours, 1):
+            length += len(text)
+            if length < PIECE and end < len(ours): continue
+            texts.append((split, "".join(ours[start:end]), False))
+            start, length = end, 0
+    return texts if sum(text.count(EOT) for _, text, _ in texts) == sum(last for *_, last in batch) else None
+
+
 def write_tokens(
     folder: Path,  # Where train.bin and val.bin are written
     pieces: Iterator[tuple[str, str, bool]],  # train or val, text, whether its document ends there
@@ -51,24 +66,30 @@ def write_tokens(
     "Encode text into token files, streaming"
     dtype, eot = token_type(tokenizer.vocab_size), tokenizer.eot_id
     count = {f"{split}_{what}": 0 for split in ("train", "val") for what in ("tokens", "bytes", "documents")}
-    encode = lambda batch: tokenizer.backend.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
 
-    def write(batch, encodings):
-        ids = {"train": [], "val": []}
-        for (split, text, last), encoding in zip(batch, encodings.result()):
-            ids[split] += encoding.ids
-            if last: ids[split].append(eot)
+    def encode(batch):
+        joined = tokenizer.joining and _joined(batch)
+        backend, texts = (tokenizer.joining, joined) if joined else (tokenizer.backend, batch)
+        return texts, backend.encode_batch_fast([text for _, text, _ in texts], add_special_tokens=False)
+
+    def write(batch, encoded):
+        for split, text, last in batch:
             count[f"{split}_bytes"] += len(text) if text.isascii() else len(text.encode())
             count[f"{split}_documents"] += last
+        ids = {"train": [], "val": []}
+        for (split, _, last), encoding in zip(*encoded.result()):
+            ids[split].append(encoding.ids)
+            if last: ids[split].append([eot])
         for split, file in files.items(): put(split, file, ids[split])
         tick(count["train_bytes"] + count["val_bytes"])
 
-    def put(split, file, ids):
-        count[f"{split}_tokens"] += len(ids)
-        file.write(np.array(ids, dtype).tobytes())
+    def put(split, file, lists):
+        total = sum(map(len, lists))
+        count[f"{split}_tokens"] += total
+        file.write(np.fromiter(chain.from_iterable(lists), dtype, total))
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, ThreadPoolExecutor(1) as ahead):
         files, before = {"train": train, "val": val}, None
-        for split, file in files.items(): put(split, file, [eot])
+        for split, file in files.items(): put(split, file, [[eot]])
         for batch in _together(pieces):
             now = batch, ahead.submit(encode, batch)
             if before: write(*before)

@@ -19,7 +19,7 @@ from pathlib import Path
 from .host import Lock
 
 # %% auto #0
-__all__ = ['Notify', 'Progress', 'sha256', 'read_record', 'locked', 'prepared']
+__all__ = ['Notify', 'Progress', 'sha256', 'read_record', 'locked', 'prepared', 'provisional']
 
 # %% ../nbs/01b_cache.ipynb #e21f7a09
 Notify = Callable[[str], None]  # takes one line that a user should read
@@ -62,14 +62,16 @@ def locked(
     notify: Notify,  # Told when there is a wait
     what: str,  # What the lock protects, for the message
 ) -> Iterator[None]:
-    "Hold a lock file; wait for another process that holds it"
+    "Hold a lock file, which is gone again afterwards; wait for another process that holds it"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path)
     if not lock.acquire():
         notify(f"Another process is preparing {what}; waiting for it.")
         lock.acquire(wait=math.inf)
     try: yield
-    finally: lock.release()
+    finally:
+        path.unlink(missing_ok=True)  # who waits sees that the file he has open is no longer the one of this name
+        lock.release()
 
 
 def _seal(path: Path) -> str:
@@ -77,6 +79,9 @@ def _seal(path: Path) -> str:
     with open(path, "rb") as f:
         os.fsync(f.fileno())
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+_on_trial: list[list[Path]] = []
 
 
 def prepared(
@@ -89,7 +94,7 @@ def prepared(
     "The record of `folder`, which is built if it is missing or damaged; one process at a time"
     record, _ = read_record(folder, name, full)
     if record: return record
-    with locked(folder.parent / ".locks" / folder.name, notify, folder.name):
+    with locked(folder.with_name(f".{folder.name}.lock"), notify, folder.name):
         record, problem = read_record(folder, name, full)
         if record: return record
         if problem: notify(f"{folder} is made again: {problem}.")
@@ -105,4 +110,19 @@ def prepared(
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(work, folder)
         finally: shutil.rmtree(work, ignore_errors=True)
+        for made in _on_trial: made.append(folder)
     return record
+
+# %% ../nbs/01b_cache.ipynb #4127dbb1
+@contextmanager
+def provisional(
+    *errors: type[Exception],  # What makes it useless
+) -> Iterator[None]:
+    "Remove the folders that were prepared inside the block when it ends in one of `errors`"
+    made: list[Path] = []
+    _on_trial.append(made)
+    try: yield
+    except errors:
+        for folder in made: shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally: _on_trial[:] = [other for other in _on_trial if other is not made]

@@ -442,7 +442,8 @@ class Checkpoints:
                 if bad: self.notify("\n".join([*bad, f"Using step {step} instead, the newest good checkpoint."]))
                 return self.path(step)
             if self.path(step).exists(): bad.append(f"Step {step} is damaged: {'; '.join(problems[:3])}.")
-        raise CheckpointError("\n".join([*bad, f"No checkpoint of {self.run_id} is usable."]))
+        raise CheckpointError("\n".join([*bad, f"No checkpoint of {self.run_id} is usable.",
+                                         f"See every file: llm-trainer verify {self.run_id}"]))
 
     def _missing(self, step) -> NotFoundError:
         have = ", ".join(map(str, self.steps()[-8:])) or "none"

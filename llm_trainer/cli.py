@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_trainer import __version__, show, workspace
-from llm_trainer.errors import BusyError, NotFoundError, UsageError
+from llm_trainer.errors import BusyError, LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.frontend import Flag, FrontEnd
 from llm_trainer.terminal import clean, size
 
@@ -22,20 +22,20 @@ WEIGHTS = lambda name: not name.startswith("state/")  # what generating reads of
 GROUPS = {"model": "Model", "data": "Data and tokenizer", "training": "Training", "sampling": "Samples while training"}
 
 
-def _flags(choose=lambda knob: True, hide=lambda knob: False) -> list[Flag]:
-    "The settings of the config as flags"
+def _flags(choose=lambda knob: True, hide=lambda knob: False, default=None) -> list[Flag]:
+    "The settings of the config as flags; `default`: what help says in place of their defaults"
     from llm_trainer.config import fields
     kinds = {"int": int, "float": float, "bool": bool, "text": str}
     kind = lambda knob: Literal[tuple(knob.choices)] if knob.type == "choice" else kinds[knob.type]
-    return [Flag(k.name, kind(k), k.default, k.description, GROUPS[k.group], note=_note(k), hidden=hide(k))
+    return [Flag(k.name, kind(k), k.default, k.description, GROUPS[k.group], note=_note(k, default), hidden=hide(k))
             for k in fields().values() if choose(k)]
 
 
-def _note(knob) -> str:
+def _note(knob, default=None) -> str:
     "`6; from 1 to 1,000`: the default and the bounds; an upper bound no one meets is left out"
-    default = "none" if knob.default is None else knob.default
-    if knob.type == "bool": return "on" if default else "off"
-    if knob.type not in ("int", "float"): return str(default)
+    own = "none" if knob.default is None else knob.default
+    default = default or (("on" if own else "off") if knob.type == "bool" else str(own))
+    if knob.type not in ("int", "float"): return default
     words = knob.expects.removeprefix("a whole number ").removeprefix("a number ")
     return f"{default}; {words.partition(' to ')[0] if (knob.bounds[1] or 0) >= 1e6 else words}"
 
@@ -54,6 +54,11 @@ def _config(space, config: str | None, knobs: dict):
     for name in ("dataset", "tokenizer"):
         if isinstance(text := knobs.get(name), str): knobs[name] = _from_here(space, name, text)
     settings = load_config(config or space.config, knobs, space.configs)
+    from llm_trainer.data import first_look
+    first_look(settings.data, space.data)
+    if settings.data.tokenizer not in ("bpe", "char", "byte"):
+        from llm_trainer.tokenizer import prepare_tokenizer
+        prepare_tokenizer(settings.data, [], space.data)  # one that can't be read is said before there is a run
     if settings.training.init_from is None: return settings
     from llm_trainer.train import shape_of
     folder = _weights(settings.training.init_from, None).absolute()
@@ -73,7 +78,9 @@ def _from_here(space, name: str, text: str) -> str:
         if path.exists(): return str(path.absolute())
     except (OSError, ValueError): pass
     if path.suffix in (".txt", ".jsonl", ".parquet") or text.startswith((".", "/", "~")):
-        raise NotFoundError(f"--{name}: there is no file or folder {clean(text, '')}.")
+        instead = {"tokenizer": "bpe"}.get(name, "python-docs")
+        raise NotFoundError(f"--{name}: there is no file or folder {clean(text, '')}.\n"
+                            f"Check the path, or take what is built in: --{name} {instead}")
     return text
 
 
@@ -99,14 +106,23 @@ def _checkpoints(run):
     return Checkpoints(workspace.find().checkpoints / run.id, run.id, notify=_tell)
 
 
-def _weights(text: str | None, checkpoint: str | None, default: str = "best") -> Path:
-    "The verified folder that holds the model a run or a folder name means"
+def _weights(text: str | None, checkpoint: str | None, need=WEIGHTS) -> Path:
+    "The folder that holds the model a run or a folder name means; of a run's, the files that are needed are verified"
     if _is_folder(text):
         if checkpoint is not None: raise UsageError("--checkpoint chooses among the checkpoints of a run; "
                                                     f"{clean(text, '')!r} is a folder.")
         if not Path(text).is_dir(): raise NotFoundError(f"The folder {clean(text, '')} does not exist.")
         return Path(text)
-    return _checkpoints(_run(text)).select(checkpoint or default, need=WEIGHTS)
+    return _checkpoints(_run(text)).select(checkpoint or "best", need=need)
+
+
+def _with_weights(text: str | None, checkpoint: str | None, use):
+    "That folder, and what `use` makes of it; chosen again where a run that goes on has pruned it meanwhile"
+    while True:
+        folder = _weights(text, checkpoint)
+        try: return folder, use(folder)
+        except (LLMTrainerError, OSError):
+            if folder.is_dir(): raise
 
 
 # Prepare -------------------------------------------------------------------------------------------------------------
@@ -138,7 +154,7 @@ def doctor(
     return 0 if found["ready"] else 1
 
 
-@_knobs(choose=lambda knob: knob.group == "data")
+@_knobs(choose=lambda knob: knob.group == "data" or knob.name == "seq_len")  # shorter than that is too short
 def prepare(
     *,
     # Flags
@@ -151,7 +167,9 @@ def prepare(
     settings = _config(space, config, knobs)
     from llm_trainer import follow
     from llm_trainer.train import prepare as events
-    with follow.screen(quiet=json) as screen: material = follow.exhaust(events(settings, space), screen)
+    from llm_trainer.worker import Doing
+    with follow.screen(quiet=json) as screen:
+        material = follow.exhaust(events(settings, space, progress=lambda *how_far: screen(Doing(*how_far))), screen)
     meta = material.meta
     found = {**{k: v for k, v in meta["data"].items() if k in ("train_tokens", "val_tokens")},
              "vocab_size": meta["vocab_size"], "tokenizer_hash": meta["tokenizer_hash"]}
@@ -187,6 +205,9 @@ def train(
         estimate = plan.estimate(settings, space)
         return print(show.as_json(estimate)) if json else show.say(plan.report(estimate))
     from llm_trainer import launch
+    if not background:
+        from llm_trainer.device import resolve
+        resolve(settings.training, space.device)  # a device that is not there is said before there is a run
     run = launch.start(settings, space, name, note, sys.argv[1:], background, parallel)
     return _go(run, space, background, json)
 
@@ -223,7 +244,7 @@ def _next(run) -> list[str]:
     return [f"  llm-trainer {verb}" for verb in verbs]
 
 
-@_knobs(hide=lambda knob: knob.change == "fixed")
+@_knobs(hide=lambda knob: knob.change == "fixed", default="as it is")
 def resume(
     run: str | None = None,  # Run, or the unique beginning of its id (default: the newest)
     *,
@@ -405,14 +426,14 @@ def generate(
     _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json, raw, output)
     many = talk.read_prompts(prompts) if prompts is not None else None
     if many is None and not interactive: many = [talk.one_prompt(prompt, prompt_file)]
-    folder = _weights(run, checkpoint)
+    _weights(run, checkpoint, need=())  # what is not there is said before torch is loaded
     from llm_trainer import sampler
     sampling = sampler.Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, no_repeat_ngram=no_repeat_ngram, stop=tuple(stop), seed=seed,
         truncate=truncate, beams=beams, ignore_eot=ignore_eot, logprobs=json)
-    model, tokenizer = sampler.load_for_generation(folder, device)
+    folder, (model, tokenizer) = _with_weights(run, checkpoint, lambda folder: sampler.load_for_generation(folder, device))
     write = lambda text, how: sampler.generate(model, tokenizer, text, how)
     if interactive: return talk.converse(write, sampling, show.say)
     show_part = talk.silent if json or output else talk.to_pipe if raw else talk.to_terminal
@@ -455,9 +476,9 @@ def evaluate(
     "Measure a model: loss, perplexity, bits per byte"
     space, meta = workspace.find(), {} if _is_folder(run) else _run(run).meta
     data = None if data is None else _from_here(space, "data", data)
-    folder = _weights(run, checkpoint)
+    _weights(run, checkpoint, need=())  # what is not there is said before torch is loaded
     from llm_trainer.measure import measure
-    found = measure(folder, space, meta, data, stride, device, notify=_tell)
+    _, found = _with_weights(run, checkpoint, lambda folder: measure(folder, space, meta, data, stride, device, notify=_tell))
     if json: return print(show.as_json(found))
     show.say(show.facts(found))
 
@@ -492,13 +513,17 @@ def export(
 ):
     "Copy a checkpoint out, as other programs read it"
     import shutil
-    folder, target = _weights(run, checkpoint), Path(out).expanduser()
+    target = Path(out).expanduser()
     if format == "gguf":
         raise UsageError("This version writes no gguf itself. llama.cpp's converter reads a checkpoint as it lies:\n"
-                         f"python convert_hf_to_gguf.py {folder} --outfile {clean(str(out), '')}")
+                         f"python convert_hf_to_gguf.py {_weights(run, checkpoint)} --outfile {clean(str(out), '')}")
     if target.exists(): raise UsageError(f"{clean(str(target), '')} exists already; export writes a new folder.")
     hidden = target.with_name(f".{target.name}.tmp")
-    shutil.copytree(folder, hidden, ignore=shutil.ignore_patterns("state", "manifest.json"))
+
+    def copy(folder):
+        try: shutil.copytree(folder, hidden, ignore=shutil.ignore_patterns("state", "manifest.json"))
+        except OSError: shutil.rmtree(hidden, ignore_errors=True); raise
+    folder, _ = _with_weights(run, checkpoint, copy)
     hidden.rename(target)
     if json: return print(show.as_json({"folder": str(target), "checkpoint": str(folder)}))
     show.say(f"Wrote {target}.", "Open it in Python:", f"  AutoModelForCausalLM.from_pretrained({str(target)!r})")

@@ -253,7 +253,8 @@ class Config(Group):
         **settings # New values by name
     ) -> Config:
         "A copy with other values, validated and derived anew; raises `ConfigError`"
-        return _build(_merge(self.model_dump(exclude_unset=True), settings, _in("replace")), _in("replace"))
+        where = lambda name=None: _shown(name) if name else "these settings"
+        return _build(_merge(self.model_dump(exclude_unset=True), settings, where), where)
 
     def _repr_markdown_(self) -> str:
         rows = [f"| `{name}` | {_shown(new)} | {_shown(old)} |" for name, (old, new) in differences(self).items()]
@@ -304,7 +305,7 @@ def _knob(name: str, group: str, field) -> Knob:
     if choices: expects = f"one of {', '.join(map(_shown, choices))}"
     elif kind == "text": expects = "a text"
     else: expects = (f"{'a whole number' if kind == 'int' else 'a number'} {'above' if 'gt' in limits else 'from'} "
-                     f"{low:,} {'to below' if 'lt' in limits else 'to'} {high:,}")
+                     f"{low:,} {'to below' if 'lt' in limits else 'up to' if 'gt' in limits else 'to'} {high:,}")
     return Knob(name, group, kind, field.get_default(), field.description, (low, high), choices,
                 field.json_schema_extra["change"], expects)
 

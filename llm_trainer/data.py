@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from .cache import Notify, Progress, prepared, sha256
 from .errors import DataError, NotFoundError
 
 # %% auto #0
-__all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'border', 'cut', 'read_txt', 'valid', 'read_jsonl', 'read_parquet',
-           'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus', 'open_corpus', 'open_files',
-           'open_mix']
+__all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'pieces_of', 'read_txt', 'valid', 'read_jsonl',
+           'read_parquet', 'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus',
+           'open_corpus', 'first_look', 'open_files', 'open_mix']
 
 # %% ../nbs/02_data.ipynb #231d9eca
 READ = 1 << 16  # bytes that are read at a time
@@ -61,6 +61,11 @@ def cut(
             held, length = [text[at:]], len(text) - at
     if length: yield "".join(held)
 
+
+def pieces_of(text: str) -> list[str]:
+    "A whole document in such pieces; most are short, and one"
+    return [text] if 0 < len(text) < PIECE else list(cut([text]))
+
 # %% ../nbs/02_data.ipynb #8c235237
 def read_txt(
     path: Path,  # A text file
@@ -83,11 +88,12 @@ def valid(text: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
     "The line number and object of each line of a .jsonl file"
+    decode = json.JSONDecoder().decode
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if number == 1: line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip(): continue
-            try: row = json.loads(line.decode("utf-8", "replace"))
+            if line.isspace(): continue
+            try: row = decode(line.decode("utf-8", "replace"))
             except (ValueError, RecursionError) as e:
                 raise DataError(f"{path}:{number} is not JSON ({getattr(e, 'msg', e)}).\nA .jsonl file has one object "
                                 'a line, like {"text": "Once upon a time"}: mend or remove this line.') from None
@@ -96,22 +102,22 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
-def _text(value, column: str, where: str) -> str:
+def _text(value, column: str, where: str, *at) -> str:
     "The text of a cell; a missing one counts as empty"
     if value is None: return ""
-    if not isinstance(value, str): raise DataError(f"{where}: column {column!r} holds {str(value)[:40]!r}, not "
-                                                   "text.\nChoose another column: --text_column NAME")
+    if not isinstance(value, str): raise DataError(f"{where.format(*at)}: column {column!r} holds "
+                                                   f"{str(value)[:40]!r}, not text.\nChoose another column: --text_column NAME")
     return valid(value)
 
 
 def read_jsonl(
     path: Path,  # A file with one JSON object a line
     column: str = "text",  # The key of the text
-) -> Iterator[Iterator[str]]:  # Its documents, each an iterator of pieces
+) -> Iterator[list[str]]:  # Its documents, each in pieces
     "The documents of a .jsonl file"
     for number, row in _rows(path):
         if column not in row: raise DataError(_no_column(f"{path}:{number}", column, row))
-        yield cut([_text(row[column], column, f"{path}:{number}")])
+        yield pieces_of(_text(row[column], column, "{}:{}", path, number))
 
 
 def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
@@ -131,14 +137,14 @@ def _parquet(path: Path):
 def read_parquet(
     path: Path,  # A parquet file
     column: str = "text",  # The column of the text
-) -> Iterator[Iterator[str]]:  # Its documents, each an iterator of pieces
+) -> Iterator[list[str]]:  # Its documents, each in pieces
     "The documents of a .parquet file"
     file, row = _parquet(path), 0
     if column not in file.schema_arrow.names: raise DataError(_no_column(str(path), column, file.schema_arrow.names))
     try:
         for batch in file.iter_batches(batch_size=256, columns=[column]):
             for value in batch.column(0):
-                yield cut([_text(value.as_py(), column, f"{path}, row {row}")])
+                yield pieces_of(_text(value.as_py(), column, "{}, row {}", path, row))
                 row += 1
     except (ValueError, OSError) as e:
         if isinstance(e, DataError): raise
@@ -159,7 +165,7 @@ def choose_column(
     texts = [name for name, is_text in columns.items() if is_text]
     if "text" in texts: return "text"
     if len(texts) == 1: return texts[0]
-    if not columns: return "text"
+    if not columns or "text" in columns: return "text"  # a first row may well have none
     raise DataError(_no_column(where, "text", columns))
 
 
@@ -189,6 +195,12 @@ def find_files(
     return sorted(files, key=lambda f: f.relative_to(path).parts)
 
 # %% ../nbs/02_data.ipynb #832cb22d
+def _refuse_binary(chunk: bytes, path: Path) -> None:
+    if b"\0" in chunk: raise DataError(
+        f"{path} is not plain text: it holds NUL bytes.\nIf it is UTF-16, convert it: "
+        f"iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
+
+
 def scan(
     path: Path,  # A text file
 ) -> tuple[str, int]:  # SHA-256 as hex, and how many invalid sequences were replaced
@@ -198,9 +210,7 @@ def scan(
         while True:
             chunk = f.read(READ)
             digest.update(chunk)
-            if b"\0" in chunk: raise DataError(
-                f"{path} is not plain text: it holds NUL bytes.\nIf it is UTF-16, convert it: "
-                f"iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
+            _refuse_binary(chunk, path)
             before = decoder.getstate()[0]
             if before or not chunk.isascii():
                 text = decoder.decode(chunk, final=not chunk)
@@ -211,33 +221,37 @@ def scan(
 # %% ../nbs/02_data.ipynb #b010d557
 def place(text: str | bytes) -> float:
     "Where the document `text` falls in [0, 1): a number made of its SHA-256, even over all documents"
-    return int(hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:13], 16) / 16 ** 13
+    return _fraction(hashlib.sha256(text if isinstance(text, bytes) else text.encode()).digest())
+
+
+def _fraction(digest: bytes) -> float: return (int.from_bytes(digest[:7], "big") >> 4) / 2 ** 52
 
 # %% ../nbs/02_data.ipynb #63ca65ca
 def census(
     files: Iterable[Path],  # Files of any of the kinds
     column: str = "text",  # The column of the text
+    tick: Callable[[int], None] | None = None,  # Told now and then how many bytes of text are counted
 ) -> dict:  # documents, bytes, low, high
     "Count the documents of some files"
-    count = {"documents": 0, "bytes": 0, "low": 1.0, "high": 0.0}
+    count, told = {"documents": 0, "bytes": 0, "low": 1.0, "high": 0.0}, 0
     for at, pieces in _documents(files, column):
-        size = sum(len(piece) if piece.isascii() else len(piece.encode()) for piece in pieces)
-        if not size: continue
+        before = count["bytes"]
+        for piece in pieces:
+            count["bytes"] += len(piece) if piece.isascii() else len(piece.encode())
+            if tick and count["bytes"] - told >= 64 * READ: told = count["bytes"]; tick(told)
+        if count["bytes"] == before: continue
         count["documents"] += 1
-        count["bytes"] += size
         count["low"], count["high"] = min(count["low"], at), max(count["high"], at)
     return count
 
 
-def _documents(files: Iterable[Path], column: str) -> Iterator[tuple[float, Iterator[str]]]:
+def _documents(files: Iterable[Path], column: str) -> Iterator[tuple[float, Iterable[str]]]:
     "The place and the pieces of each document"
     for path in files:
         kind = path.suffix.lower()
         for pieces in READERS[kind](path, column):
-            if kind == ".txt": yield int(sha256(path)[:13], 16) / 16 ** 13, pieces
-            else:
-                pieces = list(pieces)
-                yield place("".join(pieces)), iter(pieces)
+            if kind == ".txt": yield _fraction(bytes.fromhex(sha256(path))), pieces
+            else: yield place("".join(pieces)), pieces
 
 
 def threshold(
@@ -313,8 +327,9 @@ class Corpus:
         if held: yield "".join(held)
 
 
-def _ends(split: str, pieces: Iterator[str]) -> Iterator[tuple[str, str, bool]]:
+def _ends(split: str, pieces: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     "Each piece with its split and whether it is the last; an empty document gives none"
+    pieces = iter(pieces)
     held = next(pieces, None)
     for piece in pieces:
         yield split, held, False
@@ -353,6 +368,35 @@ def open_corpus(
     return open_files(path, data_dir, data.text_column, data.val_fraction, notify, progress)
 
 # %% ../nbs/02_data.ipynb #53a1298d
+def _nothing(path: Path) -> DataError:
+    return DataError(f"{path} holds no text.\nGive a file with text in it, or a built-in corpus: --dataset python-docs")
+
+
+def _look(path: Path, text_column: str | None) -> tuple[list[Path], str]:
+    "The files of a corpus, and the column of their text; refuses what the beginning of each file can tell"
+    files = find_files(path)
+    if not any(file.stat().st_size for file in files): raise _nothing(path)
+    tables = [file for file in files if file.suffix.lower() != ".txt"]
+    for file in files:
+        if file not in tables:
+            with open(file, "rb") as f: _refuse_binary(f.read(READ), file)
+    return files, choose_column(_columns(tables[0]), str(tables[0]), text_column) if tables else "text"
+
+
+def first_look(
+    data,  # A `DataConfig`
+    data_dir: Path,  # The workspace's data/ folder
+) -> None:
+    "Refuse local text that can be seen at once to be none; a built-in corpus and the hub are not looked at"
+    names = [data.dataset] if isinstance(data.dataset, str) else [part.name for part in data.dataset]
+    for name in names:
+        path = None if name in BUILTIN else _local(name, Path(data_dir))
+        if path is not None: _look(path, data.text_column)
+
+# %% ../nbs/02_data.ipynb #12b82db1
+SMALL = 1 << 20  # bytes that are counted again each time
+
+
 def open_files(
     path: Path,  # A file, or a folder of files
     data_dir: Path,  # Where the census is kept
@@ -362,9 +406,7 @@ def open_files(
     progress: Progress | None = None,  # Told how far it is
 ) -> Corpus:
     "A corpus of local files"
-    files = find_files(path)
-    tables = [f for f in files if f.suffix.lower() != ".txt"]
-    column = choose_column(_columns(tables[0]), str(tables[0]), text_column) if tables else "text"
+    files, column = _look(path, text_column)
     hashes, notes, done, total = [], [], 0, sum(f.stat().st_size for f in files)
     for file in files:
         digest, replaced = (sha256(file), 0) if file.suffix.lower() == ".parquet" else scan(file)
@@ -375,10 +417,11 @@ def open_files(
     for note in notes: notify(note)
     key = hashlib.sha256(json.dumps([[f.suffix.lower() for f in files], hashes, column]).encode()).hexdigest()[:12]
     slug = re.sub(r"[^a-z0-9-]+", "-", path.resolve().stem.lower()).strip("-")[:40] or "text"
-    build = lambda work: {"count": census(files, column)}
-    count = prepared(Path(data_dir) / f"{slug}-{key}", "corpus.json", build, notify)["count"]
-    if not count["documents"]: raise DataError(f"{path} holds no text.\nGive a file with text in it, or a built-in "
-                                               "corpus: --dataset python-docs")
+    tick = progress and (lambda done: progress("counting", min(done, total), total))  # parquet is compressed
+    build = lambda work=None: {"count": census(files, column, tick)}
+    folder = Path(data_dir) / f"{slug}-{key}"
+    count = (build() if total <= SMALL else prepared(folder, "corpus.json", build, notify))["count"]
+    if not count["documents"]: raise _nothing(path)
     return Corpus(str(path), tuple(files), tuple(hashes), count, column=column, val_fraction=val_fraction, notes=notes)
 
 # %% ../nbs/02_data.ipynb #d109e80b

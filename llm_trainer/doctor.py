@@ -66,7 +66,7 @@ def report(found: dict) -> str:
     if "problem" in device: lines.append(row(False, "device", device["problem"]))
     else:
         lines += [row(True, "device", f"{device['device']} ({device['device_name']})\n{device['reason']}"),
-                  row(True, "computes in", f"{device['dtype']}, {device['threads']} threads, "
+                  row(True, "computes in", f"{device['dtype']}, {device['threads']} thread{'s' * (device['threads'] != 1)}, "
                       f"{'compiled' if device['compile'] else 'not compiled'}"
                       f"{', deterministic' if device['deterministic'] else ''}"),
                   row(True, "memory", size(device["memory_bytes"]))]

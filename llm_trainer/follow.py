@@ -84,6 +84,20 @@ def progress(event) -> str:
     return "  ".join(filter(None, parts))
 
 
+class _Pace:
+    """How far a preparation is, in words, and how much longer it will take at this pace."""
+    what, begun, first = None, 0.0, 0
+
+    def __call__(self, event) -> str:
+        if event.what != self.what: self.what, self.begun, self.first = event.what, time.monotonic(), event.done
+        done = event.done - self.first
+        left = self.seconds * (event.total - event.done) / done if done and self.seconds > 1 else None
+        return f"{event.done / max(1, event.total):.0%}" + (f"  {duration(left)} left" if left is not None else "")
+
+    @property
+    def seconds(self) -> float: return time.monotonic() - self.begun
+
+
 class _Nothing:
     """Shows no event."""
 
@@ -96,16 +110,22 @@ class _Lines(_Nothing):
     """Plain lines, for pipes, files and cron: what happened, and every few seconds where the run is."""
     every, shown, steps = 5.0, 0.0, None
 
+    def __enter__(self):
+        self.pace = _Pace()
+        return self
+
     def __call__(self, event):
         if text := sentence(event): show.say(text)
         if event.kind == "prepared": self.steps = event.meta.get("steps")
         if event.kind == "phase" and event.name in BEFORE: show.say(f"{event.name} …")
-        if event.kind not in ("step", "progress") or time.monotonic() - self.shown < self.every: return
-        if event.kind == "progress": text = f"{event.what} {event.done:,} of {event.total:,}"
-        else: text = f"step {event.step:,}{f' of {self.steps:,}' if self.steps else ''}  {progress(event)}"
-        if event.kind == "progress" or event.loss is not None:
+        if event.kind == "progress": text, worth = f"{event.what} {self.pace(event)}", self.pace.seconds > 2
+        elif event.kind == "step": text, worth = f"step {event.step:,}{self._of()}  {progress(event)}", event.loss is not None
+        else: return
+        if worth and time.monotonic() - self.shown >= self.every:
             self.shown = time.monotonic()
             show.say(text)
+
+    def _of(self) -> str: return f" of {self.steps:,}" if self.steps else ""
 
 
 class _Bar(_Nothing):
@@ -120,6 +140,7 @@ class _Bar(_Nothing):
             def __init__(self, name): self.name = name; super().__init__()
             def render(self, task): return Text(task.fields[self.name], no_wrap=True, overflow="ellipsis")
         self.bar = Progress(Words("before"), BarColumn(bar_width=14), Words("after"), transient=True)
+        self.pace = _Pace()
         self.task, self.loss, self.moved = self.bar.add_task("", total=None, before="starting", after=""), "", 0.0
         self.bar.start()
         self.bar.console.show_cursor(True)  # a second Ctrl-C leaves at once and could not bring it back
@@ -133,9 +154,12 @@ class _Bar(_Nothing):
         if event.kind == "prepared":
             self.steps = event.meta.get("steps")
             self.bar.update(self.task, total=self.steps, completed=0, after="")
-        elif event.kind == "phase": self.bar.update(self.task, before=clean(event.name, ""))
+        elif event.kind == "phase":
+            self.bar.update(self.task, before=clean(event.name, ""))
+            if event.name in BEFORE: self.bar.update(self.task, completed=0, after="")
         elif event.kind == "progress":
-            self.bar.update(self.task, before=clean(event.what, ""), total=event.total or None, completed=event.done)
+            self.bar.update(self.task, before=clean(event.what, ""), after=self.pace(event), total=event.total or None,
+                            completed=event.done)
         elif event.kind == "step":
             if event.loss is not None: self.loss = f"loss {event.loss:.3f}"
             if time.monotonic() - self.moved < 0.1: return

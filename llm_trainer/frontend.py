@@ -417,15 +417,18 @@ class FrontEnd:
             key, _, _ = current.partition("=")
             flag, _ = command.find(key.lstrip("-"))
             return offer([(f"{key}={w}", d) for w, d in self._values(flag)]) if flag else []
-        if current.startswith("-"):
+        slots, words = list(command.positionals), iter(before[1:])
+        for word in words:
+            known, negated = command.find(word[2:]) if word.startswith("--") else (None, False)
+            if known and not known.is_switch and not negated: next(words, None)
+            elif not word.startswith("-"): del slots[:1]
+        if current.startswith("-") or (command.positionals and not slots):
             given = (command.find(w[2:].split("=")[0])[0] for w in before[1:] if w.startswith("--"))
             used = {f.name for f in given if f}
             return offer([("--help", "all flags of this command"),
                           *((f.spelling, f.description) for f in command.flags.values()
                             if not f.positional and not f.hidden and (f.repeats or f.name not in used))])
-        given = sum(not w.startswith("-") for w in before[1:])
-        return offer(self._values(command.positionals[min(given, len(command.positionals) - 1)])) \
-            if command.positionals else []
+        return offer(self._values(slots[0])) if slots else []
 
     def _values(self, flag: Flag) -> list[tuple[str, str]]:
         if flag.name in self.candidates: return [(str(c), "") for c in self.candidates[flag.name]()]

@@ -234,6 +234,7 @@ def plan_resume(
     lr_plan: str | None = None,
     checkpoint: str | int = "latest",  # latest, best, the name of a pin, or a step
     changes: dict[str, Any] | None = None,  # settings by name
+    notify: Callable[[str], None] = lambda message: print(message, file=sys.stderr),  # told of damaged checkpoints
 ) -> ResumePlan:
     "What `resume` would do, told from files alone. UsageError for what can't change, NotFoundError for a missing step"
     if more_epochs is not None and not 1 <= more_epochs <= 1_000_000: raise UsageError("--more-epochs goes from 1 to 1,000,000.")
@@ -253,7 +254,7 @@ def plan_resume(
         raise UsageError(f"{run.id} is past that: step {step:,}, epoch {reached:.2f}.\n"
                          f"Name a target ahead of it, or train on: llm-trainer resume {run.id} --more-epochs 1")
     fork = bool(steps) and step < steps[-1]
-    good = _undamaged(run, space, step) if steps else 0
+    good = _undamaged(run, space, step, notify) if steps else 0
     if good != step and checkpoint not in ("latest", "best"):
         raise CheckpointError(f"Checkpoint {step} of {run.id} is damaged.\nSee what is left: llm-trainer verify {run.id}")
     further = epochs > _target(run, state)[0] or "max_steps" in changed or more_epochs
@@ -280,9 +281,9 @@ def _choose(run: Run, space: Workspace, steps: list[int], which: str | int) -> i
     raise NotFoundError(f"{run.id} has no checkpoint {which}; it has: {have}.\nSee them: llm-trainer verify {run.id}")
 
 
-def _undamaged(run: Run, space: Workspace, step: int) -> int:
+def _undamaged(run: Run, space: Workspace, step: int, notify: Callable[[str], None]) -> int:
     "`step`, or the newest before or after it that verifies; CheckpointError when none does"
-    store = Checkpoints(space.checkpoints / run.id, run.id, notify=lambda message: print(message, file=sys.stderr))
+    store = Checkpoints(space.checkpoints / run.id, run.id, notify=notify)
     return int(store.select(step).name.removeprefix("step-"))
 
 
@@ -308,8 +309,11 @@ def _changed(run: Run, changes: dict[str, Any]) -> dict[str, list]:
     old = Config.from_dict(run.config())
     found = differ(old, old.replace(**changes))
     if fixed := [name for name in found if fields()[name].change == "fixed"]:
-        raise UsageError(f"{', '.join(fixed)} can't change in the middle of a run.\nStart a new run from its weights: "
-                         f"llm-trainer train --init-from {run.id} --{fixed[0]} {changes.get(fixed[0], '…')}")
+        new = f"--{fixed[0]} {changes.get(fixed[0], '…')}"
+        kept = any(fields()[name].group == "model" or name in ("tokenizer", "vocab_size") for name in fixed)
+        raise UsageError(f"{', '.join(fixed)} can't change in the middle of a run.\n" + (
+            f"Start a new run: llm-trainer train {new}" if kept else  # its weights would not fit
+            f"Start a new run from its weights: llm-trainer train --init-from {run.id} {new}"))
     return {name: [before, after] for name, (before, after) in found.items()}
 
 
@@ -327,7 +331,7 @@ def resume(
     """Continues a run, or forks a new one from an older step of it; gives the run that is trained. What is to be
     reached is on disk before the worker starts. BusyError when it is being trained; nothing happens if none is left."""
     with own(run) as lock:
-        plan = plan_resume(run, space, more_epochs, lr_plan, checkpoint, changes)
+        plan = plan_resume(run, space, more_epochs, lr_plan, checkpoint, changes, lambda message: None)  # the worker says it
         if plan.nothing_to_do: return Run(run.folder)
         if plan.fork:
             meta = run.meta

@@ -77,6 +77,7 @@ def measure(
                              f"See what else is damaged: llm-trainer verify {meta.get('run_id')}")
         texts = [open_tokens(space.data / cache).val for cache in meta["data"]["caches"]]
         name, split = meta.get("config", {}).get("data", {}).get("dataset"), "validation"
+        if isinstance(name, list): name = " + ".join(part["name"] for part in name)
     else: raise UsageError(f"{folder} comes without a validation text. Name one: --data FILE.txt")
     if not any(len(t) > 1 for t in texts): raise DataError(f"{name} has no text to measure on.")
     where = torch.device(choose_device(device, space.device)[0])

@@ -179,17 +179,20 @@ def table(states: list[dict]) -> str:
         percent = f" {share(s):.0%}" if running and share(s) is not None else ""
         rows.append([clean(s.get("run_id"), ""), badge(s.get("status") or "?", s.get("phase")),
                      f"{count(s.get('step'))}{percent}", number(s.get("epoch"), 2), number(s.get("loss"), 3),
-                     number(s.get("best_val_loss"), 3),
+                     number(s.get("val_loss"), 3),
                      count(round(s["tokens_per_second"])) if s.get("tokens_per_second") else "–",
                      duration(s.get("eta_seconds")) if running else "–",
                      _age(s.get("created_at")).removesuffix(" ago"),
                      sparkline(s.get("loss_history") or [], 12) if unicode_ok() else ""])
     rows = [list(COLUMNS), *rows]
-    for name in ("EPOCH", "AGE", "TOK/S", "VAL", "ETA"):  # what a narrow terminal does without
-        if not sys.stdout.isatty() or _width(rows) <= shutil.get_terminal_size().columns: break
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else _width(rows)
+    for name in ("EPOCH", "AGE", "TOK/S", "CURVE", "ETA", "VAL"):  # what a narrow terminal does without
+        if _width(rows) <= room: break
         at = rows[0].index(name)
         rows = [row[:at] + row[at + 1:] for row in rows]
-    return columns(rows)
+    most = max(8, max(len(row[0]) for row in rows) - max(0, _width(rows) - room))  # the beginning of an id names it, too
+    return columns([[row[0] if len(row[0]) <= most else row[0][:most - 1] + ("…" if unicode_ok() else "~"), *row[1:]]
+                    for row in rows])
 
 
 def _width(rows: list[list[str]]) -> int:

@@ -21,7 +21,8 @@ def read_text(path: str) -> str:
     try: return Path(path).expanduser().read_bytes().decode("utf-8", "surrogateescape")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise NotFoundError(f"The file {clean(path, '')!r} can't be read: {why}.") from None
+        raise NotFoundError(f"The file {clean(path, '')!r} can't be read: {why}.\n"
+                            "Check the path, or give the prompt itself: --prompt TEXT") from None
 
 
 def read_prompts(path: str) -> list[str]:

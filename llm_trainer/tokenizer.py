@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .cache import Notify, prepared
+from .cache import Notify, Progress, prepared
 from .data import Corpus, valid
 from .errors import NotFoundError, UsageError
 
@@ -110,6 +110,16 @@ class Tokenizer:
         return [e.ids for e in self.backend.encode_batch_fast([valid(t) for t in texts], add_special_tokens=False)]
 
     @cached_property
+    def joining(self) -> Backend | None:
+        "Encodes the same, but takes `<|endoftext|>` for the token, so that one text can hold several documents"
+        added = list(self.backend.get_added_tokens_decoder().values())
+        if [t.content for t in added] != [EOT]: return None  # others would be taken for tokens, too
+        if added[0].normalized or added[0].lstrip or added[0].rstrip or added[0].single_word: return None
+        backend = _backend(self.json)
+        backend.encode_special_tokens = False
+        return backend
+
+    @cached_property
     def _bytes(self) -> list[bytes]: return _token_bytes(self.backend, self.vocab_size, self.kind == "char")
 
     def token_bytes(self, id: int) -> bytes:
@@ -180,7 +190,9 @@ def _nodes(tree):
 def _check(text: str, name) -> dict:
     "The parsed tokenizer.json, if it is one that we can use"
     try: tree = json.loads(text)
-    except (ValueError, RecursionError): raise UsageError(f"{name} is damaged: it is not JSON.") from None
+    except (ValueError, RecursionError): raise UsageError(
+        f"{name} is not a tokenizer: it is not JSON.\n"
+        f"Give a folder with a tokenizer.json, or one of {', '.join(KINDS)}.") from None
     parts = {k: tree.get(k) for k in ("model", "decoder", "added_tokens")} if isinstance(tree, dict) else {}
     model, added = parts.get("model"), parts.get("added_tokens") or []
     shaped = isinstance(model, dict) and isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
@@ -244,11 +256,21 @@ def train_tokenizer(
 ENOUGH = 100_000_000  # bytes of text to learn from
 
 
+def _told(texts: Iterable[str], every: int, total: int, progress: Progress | None) -> Iterator[str]:
+    "Each `every`th text, while `progress` is told now and then how much went by"
+    done = told = 0
+    for i, text in enumerate(texts):
+        done += len(text)
+        if progress and done - told >= 1 << 22: told = done; progress("learning the tokenizer", min(done, total), total)
+        if i % every == 0: yield text
+
+
 def prepare_tokenizer(
     data,  # A `DataConfig`: tokenizer, vocab_size
     corpora: list[tuple[Corpus, float]] | list[Corpus],  # What the run trains on
     data_dir: Path,  # The workspace's data/ folder
     notify: Notify = print,  # Told what a person should know
+    progress: Progress | None = None,  # Told how much text it has seen
 ) -> Tokenizer:
     "The tokenizer that `data` asks for: trained on the corpora (or taken from the cache), or loaded from a path"
     data_dir = Path(data_dir)
@@ -263,10 +285,11 @@ def prepare_tokenizer(
     folder = data_dir / f"tokenizer-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
 
     def build(work: Path) -> dict:
-        every = max(1, sum(c.count["bytes"] for c in corpora) // ENOUGH)
+        total = sum(c.count["bytes"] for c in corpora)
+        every = max(1, total // ENOUGH)
         if data.tokenizer == "char": every = 1
         if every > 1: notify(f"Learning the tokenizer from every {every}th piece of the text.")
-        pieces = (text for c in corpora for i, (_, text, _) in enumerate(c.pieces("train")) if i % every == 0)
+        pieces = _told((text for c in corpora for _, text, _ in c.pieces("train")), every, total, progress)
         tokenizer = train_tokenizer(data.tokenizer, data.vocab_size, pieces, notify)
         tokenizer.save(work)
         return {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "corpora": about[3]}

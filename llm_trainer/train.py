@@ -21,11 +21,12 @@ import torch
 
 import llm_trainer
 from .batches import TokenCache, Windows, open_tokens, prepare_tokens, training_stream, val_batches
+from .cache import provisional
 from .checkpoint import Checkpoints, non_finite, read_json, read_tensors, write_tensors
 from .config import Config
 from .data import open_mix
-from .device import Resolution, resolve, rng_state, seed_everything, set_rng_state
-from .errors import CheckpointError, LLMTrainerError, RunFailed, UsageError
+from .device import Resolution, describe, resolve, rng_state, seed_everything, set_rng_state
+from .errors import CheckpointError, DataError, LLMTrainerError, RunFailed, UsageError
 from .model import GPT
 from .optimizer import LRPlan, build_optimizer, extend
 from .sampler import Sampling, generate
@@ -67,9 +68,11 @@ def prepare(
     for corpus, _ in mix: notes.append(corpus.description)
     yield from told()
     yield Phase("tokenizing")
-    tokenizer = tokenizer or prepare_tokenizer(config.data, [c for c, _ in mix], space.data, notes.append)
-    yield from told()
-    caches = [prepare_tokens(c, tokenizer, space.data, notes.append, progress) for c, _ in mix]
+    with provisional(DataError): # of a text that turns out to be too short nothing stays
+        tokenizer = tokenizer or prepare_tokenizer(config.data, [c for c, _ in mix], space.data, notes.append, progress)
+        yield from told()
+        caches = [prepare_tokens(c, tokenizer, space.data, notes.append, progress) for c, _ in mix]
+        for c in caches: Windows(c.train, config.model.seq_len), Windows(c.val, config.model.seq_len, "validation")
     yield from told()
     return Material(tokenizer, caches, [w for _, w in mix])
 
@@ -194,7 +197,7 @@ def train(
 
     resolution = Resolution.from_dict(meta["resolution"]) if meta.get("resolution") else resolve(t, space.device)
     device = resolution.apply()
-    yield Note(f"{resolution.device_name}: {resolution.reason}; {resolution.dtype}, {resolution.threads} threads")
+    yield Note(describe(resolution))
 
     if origin: material = yield from recall(meta, Tokenizer.load(origin), config, space, progress)
     else: material = yield from prepare(config, space, Tokenizer.load(weights) if weights else None, progress)
@@ -202,7 +205,7 @@ def train(
 
     stream = training_stream(material.caches, material.weights, config.model.seq_len, t.batch_size, t.seed, shuffle=config.data.shuffle,
                              num_workers=config.data.num_workers, pin_memory=device.type == "cuda")
-    validation = [Windows(c.val, config.model.seq_len) for c in material.caches]
+    validation = [Windows(c.val, config.model.seq_len, "validation") for c in material.caches]
 
     seed_everything(t.seed)
     model = load_model(weights, config.model.dropout) if weights else GPT(config.model, tokenizer.vocab_size)

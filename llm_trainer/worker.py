@@ -150,6 +150,7 @@ def _failure(e: BaseException, run: Run, writer: RunWriter) -> tuple[Ended, int]
     if isinstance(e, KeyboardInterrupt): return Ended("stopped", "signal", "interrupted"), 130
     if out_of_memory(e): return Ended("failed", "oom", _less_memory(run, text)), 1
     if isinstance(e, OSError) and e.errno in FULL:
+        if known: return Ended("failed", "disk_full", text), 1
         where = f" ({e.filename})" if e.filename else ""
         return Ended("failed", "disk_full", f"No space is left on the disk{where}. What was saved is intact.\n"
                                             f"Make room, then: llm-trainer resume {run.id}"), 1

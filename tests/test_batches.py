@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer as Backend
 
 from llm_trainer.batches import (BLOCK, MixStream, Stream, Windows, open_tokens, permute, prepare_tokens, shares,
-                                 token_type, training_stream, val_batches)
+                                 token_type, training_stream, val_batches, write_tokens)
 from llm_trainer.builtin import open_builtin
 from llm_trainer.data import open_corpus
 from llm_trainer.errors import DataError, NotFoundError
-from llm_trainer.tokenizer import train_tokenizer
+from llm_trainer.tokenizer import Tokenizer, train_tokenizer
 
 QUIET = lambda message: None
 
@@ -30,7 +31,8 @@ def world(tmp_path_factory):
     corpus = open_builtin("python-docs-tiny", data, 0.1, QUIET)
     tokenizer = train_tokenizer("bpe", 512, corpus.documents("train"))
     cache = prepare_tokens(corpus, tokenizer, data, QUIET)
-    return SimpleNamespace(data=data, corpus=corpus, tokenizer=tokenizer, cache=cache)
+    kinds = {kind: train_tokenizer(kind, 300, corpus.documents("train")) for kind in ("bpe", "char", "byte")}
+    return SimpleNamespace(data=data, kinds=kinds, corpus=corpus, tokenizer=tokenizer, cache=cache)
 
 
 def numbers(n, tmp_path):
@@ -55,6 +57,29 @@ def test_token_files_hold_the_documents_one_after_the_other(world):
         assert meta[f"{split}_tokens"] == len(expected) and meta[f"{split}_documents"] == len(texts)
         assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in texts)
     assert world.cache.meta["tokenizer_hash"] == t.hash and world.cache.meta["fingerprint"] == world.corpus.fingerprint
+
+
+PARTS = "<|endoftext|>", "<|endof", "text|>", " a word\n", "é東😀", "x" * 3000
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1), max_size=9), st.sampled_from(["bpe", "char", "byte"]))
+def test_joined_documents_have_the_tokens_of_each_alone(world, documents, kind):
+    tokenizer, folder = world.kinds[kind], world.data
+    pieces = [("val" if i % 3 == 0 else "train", "".join(parts), True) for i, parts in enumerate(documents)]
+    count = write_tokens(folder, iter(pieces), tokenizer)
+    for split in ("train", "val"):
+        texts = [text for where, text, _ in pieces if where == split]
+        expected = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot_id]]
+        assert np.fromfile(folder / f"{split}.bin", "<u2").tolist() == [tokenizer.eot_id, *expected]
+        assert count[f"{split}_tokens"] == len(expected) + 1 and count[f"{split}_documents"] == len(texts)
+
+
+def test_only_a_tokenizer_without_other_special_tokens_joins(world):
+    assert world.tokenizer.joining.encode("a<|endoftext|>b").ids.count(world.tokenizer.eot_id) == 1
+    backend = Backend.from_str(world.tokenizer.json)
+    backend.add_special_tokens(["<|user|>"])
+    assert Tokenizer(backend.to_str()).joining is None
 
 
 def test_a_long_document_has_the_tokens_of_the_whole(world, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_trainer import cli, runs, workspace
+from llm_trainer import cli, follow, launch, runs, workspace
 from llm_trainer.trainer import Evaluated, Phase, Saved, Step
+from llm_trainer.worker import Doing
 
 PROGRAM = [sys.executable, "-m", "llm_trainer.cli"]
 
@@ -213,6 +215,29 @@ def test_status_and_runs_as_json_and_csv(space, capsys):
     assert cli.main(["status", "--watch"]) == 0 and "crashed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_table_of_runs_fits_the_terminal(space, width):
+    write_run(space, "a-name-of-as-many-letters-as-anyone-will-ever-type", ("completed",)), write_run(space, "b")
+    screen, terminal = os.openpty()
+    env = {**os.environ, "LLM_TRAINER_HOME": str(space.root), "COLUMNS": str(width), "NO_COLOR": "1", "PYTHONUTF8": "1"}
+    subprocess.run([*PROGRAM, "runs"], stdout=terminal, env=env, check=True)
+    os.close(terminal)
+    lines = os.read(screen, 9999).decode().splitlines()
+    os.close(screen)
+    assert len(lines) == 3 and max(map(len, lines)) <= width and lines[2].startswith("a-name-")
+    assert ("CURVE" in lines[0]) == (width == 200) and "STATUS" in lines[0]
+
+
+def test_plain_lines_tell_how_far_a_preparation_is(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(follow.time, "monotonic", lambda: now[0])
+    with follow.screen() as screen:
+        for done in range(1, 11):
+            screen(Doing("reading", done, 100))
+            now[0] += 1
+    assert capsys.readouterr().out.splitlines() == ["reading 4%  1m36s left", "reading 9%  1m31s left"]
+
+
 def test_a_prefix_is_enough_unless_it_is_ambiguous(space, capsys):
     write_run(space, "alpha-one"), write_run(space, "alpha-two")
     assert cli.main(["status", "alpha-o"]) == 0
@@ -299,13 +324,45 @@ def test_dry_run_creates_nothing(space):
     for text in ("parameters", "* n_layer", "tokens/s", "Nothing was created."): assert text in ran.stdout
 
 
-def test_a_corpus_that_can_not_train_leaves_no_run(space):
-    (space.root / "empty.txt").write_text("")
-    (space.root / "short.txt").write_text("Too short.")
-    for name in ("empty.txt", "short.txt"):
-        ran = program(space, "train", "--config", "tiny", "--tokenizer", "byte", "--dataset", name)
-        assert ran.returncode == 2 and name.split(".")[0] in ran.stderr, ran.stderr
-        assert not [f for f in os.listdir(space.runs) if not f.startswith(".")]
+@pytest.mark.parametrize("where", [[], ["--background"], ["--dry-run"]])
+def test_what_a_first_look_shows_to_be_no_text_is_refused_before_there_is_a_run(space, capsys, where):
+    for name, content in {"empty.txt": b"", "photo.txt": b"JFIF\0", "notes.md": b"text", "rows.jsonl": b'{"a": 1, "b": 2}',
+                          "vocabulary": b"no JSON"}.items():
+        (space.root / name).write_bytes(content)
+    (space.root / "pictures").mkdir()
+    before = files(space.root)
+    for flag, name, says in (("--dataset", "empty.txt", "holds no text"), ("--dataset", "photo.txt", "NUL bytes"),
+                             ("--dataset", "./notes.md", "ending .txt"), ("--dataset", "pictures", "no file that ends"),
+                             ("--dataset", "rows.jsonl", "--text_column NAME"), ("--tokenizer", "./vocabulary", "not JSON")):
+        assert cli.main(["train", "--config", "tiny", flag, name, *where]) == 2
+        out, err = capsys.readouterr()
+        assert says in err and not out, err
+    assert files(space.root) == before
+
+
+def test_a_text_that_is_too_short_leaves_nothing(space):
+    (space.root / "short.txt").write_text("Too short. " * 20)
+    queue = launch.Queue(space.runs, {})
+    queue.claim()
+    for verb in ("train", "prepare"):
+        ran = program(space, verb, "--config", "tiny", "--dataset", "short.txt", "--seq_len", "500")
+        assert ran.returncode == 2 and "fewer than one window" in ran.stderr, ran.stderr
+        assert ("another run uses this device" in ran.stderr) == (verb == "train")
+        assert not os.listdir(space.data) and os.listdir(space.runs) == [".queue"]
+    queue.lock.release()
+
+
+def test_a_checkpoint_that_was_pruned_meanwhile_is_chosen_again(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained.root, tmp_path / "copy")
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(tmp_path / "copy"))
+    tried = []
+
+    def use(folder):
+        tried.append(folder)
+        if len(tried) == 1: shutil.rmtree(folder)  # as the worker does, which knows nothing of readers
+        return (folder / "config.json").read_text()
+    folder, text = cli._with_weights("done", None, use)
+    assert len(set(tried)) == 2 and folder == tried[1] and "gpt2" in text
 
 
 def test_resume_of_a_completed_run_has_nothing_to_do(trained):

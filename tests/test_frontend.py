@@ -213,4 +213,6 @@ def test_completion():
     assert words("paint", "--colour", "") == ["red", "green"] and words("paint", "--colour", "=", "r") == ["red"]
     assert words("paint", "--colour=g") == ["--colour=green"]
     assert words("hang", "s") == ["sunset", "seven"] and words("nothing", "x") == []
+    assert "--n_hooks" in words("hang", "sunset", "") and "seven" not in words("hang", "sunset", "")
+    assert words("hang", "--n_hooks", "3", "s") == ["sunset", "seven"]
     for shell in ("bash", "zsh", "fish"): assert "_ART_COMPLETE=1" in front.completion_script(shell)
