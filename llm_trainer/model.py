@@ -7,7 +7,7 @@ Docs: https://llm-trainer.github.io/llm_trainer/model.html.md"""
 # %% auto #0
 __all__ = ['attend_written_out', 'attend', 'GPT2Attention', 'GPT2MLP', 'GPT2Block', 'embedding', 'GPT2', 'RMSNorm',
            'rotary_table', 'rotate', 'project', 'Qwen3Attention', 'Qwen3MLP', 'Qwen3Block', 'Qwen3',
-           'LinearCrossEntropy', 'KVCache', 'GPT', 'init_std', 'init_weights']
+           'linear_cross_entropy', 'KVCache', 'GPT', 'init_std', 'init_weights']
 
 # %% ../nbs/05_model.ipynb #aca437b2
 import math
@@ -213,33 +213,34 @@ class Qwen3(nn.Module):
         return self.norm(x)
 
 # %% ../nbs/05_model.ipynb #77db330f
-class LinearCrossEntropy(torch.autograd.Function):
-    "Summed cross entropy of `h @ weight.T` with its gradients, some rows at a time, so the logits never exist whole"
-    @staticmethod
-    def forward(ctx, h, weight, targets, vocab_size, rows, train): # h (N, C), weight (V padded, C), targets (N,)
-        w, loss, ids = weight.to(h.dtype), h.new_zeros((), dtype=torch.float32), torch.arange(len(weight), device=h.device)
-        dh, dw = (torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)) if train else (None, None)
-        for i in range(0, len(h), rows):
-            x, y = h[i:i+rows], targets[i:i+rows]
+def linear_cross_entropy(
+    h:Tensor, # What the head reads (N, C), in the compute dtype
+    weight:Tensor, # The head (V padded, C)
+    targets:Tensor, # Token ids (N,); -100 counts for nothing
+    vocab_size:int, # V without padding
+    rows:int # How many at a time
+)->Tensor: # Sum of the cross entropies, in nats
+    "Cross entropy of `h @ weight.T` with its gradients, some rows at a time, so the logits never exist whole"
+    train, ids = torch.is_grad_enabled(), torch.arange(len(weight), device=h.device)
+    with torch.no_grad():
+        w, loss, dhs = weight.to(h.dtype), h.new_zeros((), dtype=torch.float32), []
+        dw = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        for x, y in zip(h.split(rows), targets.split(rows)):
             keep, y = (y != -100)[:, None], y.clamp(min=0)[:, None]
             logits = (x @ w.T).float()
             logits[:, vocab_size:] = -torch.inf
             logp = logits.log_softmax(-1)
-            loss -= (logp.gather(1, y) * keep).sum()
+            loss = loss - (logp.gather(1, y) * keep).sum()
             if not train: continue
             p = logp.exp_()
             if h.is_cuda: p = torch.where(ids == y, p - 1, p)
             else: p.scatter_add_(1, y, -torch.ones_like(y, dtype=p.dtype))
             g = p.mul_(keep).to(h.dtype)
-            dh[i:i+rows] = g @ w
+            dhs.append(g @ w)
             dw += g.T @ x
-        if train: ctx.save_for_backward(dh, dw)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dh, dw = ctx.saved_tensors
-        return dh * grad, dw * grad, None, None, None, None
+    if not train: return loss
+    slope = (h * torch.cat(dhs)).sum(dtype=torch.float32) + (weight * dw).sum() # its gradient is what was found above
+    return loss + (slope - slope.detach())
 
 # %% ../nbs/05_model.ipynb #9b7eaa38
 class KVCache:
@@ -345,8 +346,7 @@ class GPT(nn.Module):
         fused = torch.compiler.is_compiling() # then only the compute dtype's scores go through memory
         room = (2**19 if h.device.type == "cpu" else 2**29 if fused else 2**27) // self.head.shape[0]
         rows = 2**max(7, room.bit_length() - 1) # a power of two suits the matmuls
-        train = torch.is_grad_enabled()
-        total = LinearCrossEntropy.apply(h, self.head, targets.flatten(), self.vocab_size, rows, train)
+        total = linear_cross_entropy(h, self.head, targets.flatten(), self.vocab_size, rows)
         return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)
 
 # %% ../nbs/05_model.ipynb #06841a03
