@@ -425,6 +425,29 @@ async def test_folders_that_are_no_runs_and_files_that_are_no_files(world):
         await shows(pilot, "7 runs")
 
 
+CLOSED = """
+import asyncio, sys
+from llm_trainer.tui.app import make_app
+async def main():
+    app = make_app(sys.argv[1], interval=0.05)
+    async with app.run_test() as pilot:
+        while len(app.screen.rows) < 6: await pilot.pause(0.05)
+        row = next(row for row in app.screen.rows if row.id == sys.argv[2])
+        print(row.status, "-", row.reason)
+asyncio.run(main())"""
+
+
+def test_a_folder_we_may_not_read_is_shown_as_such(world):
+    "In a process without root's right to read everything"
+    folder = world.space.runs / STOPPED
+    folder.chmod(0)
+    bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if bound and (not shutil.which(bound[0]) or subprocess.run([*bound, "true"]).returncode): pytest.skip("root needs setpriv")
+    try: done = subprocess.run([*bound, sys.executable, "-c", CLOSED, str(world.space.root), STOPPED], capture_output=True, text=True)
+    finally: folder.chmod(0o700)
+    assert done.stdout == f"unreadable - No permission to read {folder}.\n", done
+
+
 async def test_a_reader_that_fails_is_a_notice_not_a_crash(world):
     async with world.app().run_test() as pilot:
         await shows(pilot, RUNNING)

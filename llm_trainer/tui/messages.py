@@ -1,7 +1,7 @@
 """What the parts of the watcher tell each other, on one page."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from textual.message import Message
 
@@ -25,11 +25,3 @@ class RunRead(Message):
 class CurvesRead(Message):
     """The marked runs were read; the plot has something new to draw."""
     rows: list[RunRow]
-
-
-@dataclass
-class Generated(Message):
-    """The generating process said something: a piece of text, that it is ready or done, or an error."""
-    kind: str
-    text: str = ""
-    facts: dict = field(default_factory=dict)

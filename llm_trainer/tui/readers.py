@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.records import log_line, open_regular, parse
-from llm_trainer.runs import Run, is_run
+from llm_trainer.runs import RUN_ID, Run, is_run
 from llm_trainer.terminal import clean
 from llm_trainer.tui.glyphs import LIVE, STATES, line
 from llm_trainer.tui.series import TRAIN, VAL, Clock, Series
@@ -122,9 +122,16 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {str(name): value for group in config.values() if isinstance(group, dict) for name, value in group.items()}
 
 
+def is_closed(folder: Path) -> bool:
+    "Is this a folder with a run's name that we may not look into?"
+    return (RUN_ID.fullmatch(folder.name) is not None and folder.is_dir() and not folder.is_symlink()
+            and not os.access(folder, os.R_OK | os.X_OK))
+
+
 def row_of(run: Run, now: float) -> RunRow:
     "Read one run; whatever is wrong with its folder ends up in the row, never as an exception"
     name = line(run.id, 64)
+    if is_closed(run.folder): return RunRow(name, reason=f"No permission to read {line(run.folder, 200)}.", code="unreadable")
     try: state, meta, note = run.status(wall=now), run.meta, run.notes()
     except Exception as problem:  # a viewer outlives any folder
         return RunRow(name, reason=line(f"{type(problem).__name__}: {problem}", 300), code="unreadable")
@@ -188,7 +195,7 @@ class Overview:
         runs = self.workspace.runs
         try: names = os.listdir(runs)
         except FileNotFoundError: return []
-        return [Run(runs / name) for name in names if name in self.rows or is_run(runs / name)]
+        return [Run(runs / name) for name in names if name in self.rows or is_run(runs / name) or is_closed(runs / name)]
 
     @staticmethod
     def _mark(run: Run) -> tuple:
