@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_trainer import __version__, show, workspace
-from llm_trainer.errors import BusyError, LLMTrainerError, NotFoundError, UsageError
+from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.frontend import Flag, FrontEnd
 from llm_trainer.terminal import clean, size
 
@@ -112,8 +112,18 @@ def _weights(text: str | None, checkpoint: str | None, need=WEIGHTS) -> Path:
         if checkpoint is not None: raise UsageError("--checkpoint chooses among the checkpoints of a run; "
                                                     f"{clean(text, '')!r} is a folder.")
         if not Path(text).is_dir(): raise NotFoundError(f"The folder {clean(text, '')} does not exist.")
-        return Path(text)
+        return _whole(Path(text), need)
     return _checkpoints(_run(text)).select(checkpoint or "best", need=need)
+
+
+def _whole(folder: Path, need) -> Path:
+    "A folder that was named; where it is a checkpoint, its files are verified like those of a run"
+    if (manifest := folder / "manifest.json").is_file() and folder.absolute().name.startswith("step-"):
+        from llm_trainer.checkpoint import unsealed, verify
+        if faults := verify(folder, need, unsealed(manifest).get("run_id")):
+            raise CheckpointError(f"{clean(folder, '')} is damaged: {'; '.join(faults[:3])}.\n"
+                                  "Name the run in place of the folder to use its newest good checkpoint.")
+    return folder
 
 
 def _with_weights(text: str | None, checkpoint: str | None, use):
@@ -433,7 +443,8 @@ def generate(
         typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, no_repeat_ngram=no_repeat_ngram, stop=tuple(stop), seed=seed,
         truncate=truncate, beams=beams, ignore_eot=ignore_eot, logprobs=json)
-    folder, (model, tokenizer) = _with_weights(run, checkpoint, lambda folder: sampler.load_for_generation(folder, device))
+    load = lambda folder: sampler.load_for_generation(folder, device, _preferred_device())
+    folder, (model, tokenizer) = _with_weights(run, checkpoint, load)
     write = lambda text, how: sampler.generate(model, tokenizer, text, how)
     if interactive: return talk.converse(write, sampling, show.say)
     show_part = talk.silent if json or output else talk.to_pipe if raw else talk.to_terminal
@@ -444,9 +455,9 @@ def generate(
         if aloud: print(flush=True)
     else: texts = talk.write_many(sampler.generate_batch(model, tokenizer, many, sampling, num_samples), show_part)
     if output is not None: Path(output).expanduser().write_bytes("\n".join(t.text for t in texts).encode())
-    found = {"checkpoint": str(folder), "settings": vars(sampling), "texts": [t.to_dict() for t in texts]}
-    if json: print(show.as_json(found))
-    return 130 if not texts or texts[-1].finish == "interrupted" else 0
+    told = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
+    if json: print(show.as_json({"checkpoint": str(folder), "settings": vars(sampling), "texts": told}))
+    return 130 if any(t.finish == "interrupted" for t in texts) else 0
 
 
 def _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json, raw, output):
@@ -462,6 +473,14 @@ def _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json
         raise UsageError("--raw would let a model command your terminal; pipe the text somewhere or use --output FILE.")
     if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
         raise NotFoundError(f"The folder of --output {clean(output, '')} does not exist.")
+    if output is not None and Path(output).expanduser().is_dir():
+        raise UsageError(f"--output {clean(output, '')} is a folder; name a file in it.")
+
+
+def _preferred_device() -> str:
+    "The device of settings.ini; a model folder is used outside a workspace, too"
+    try: return workspace.find().device
+    except NotFoundError: return "auto"
 
 
 def evaluate(

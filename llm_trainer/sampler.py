@@ -10,14 +10,17 @@ __all__ = ['window_start', 'pad_left', 'write_tokens', 'TextStream', 'Piece', 'p
 
 # %% ../nbs/10_sampler.ipynb #bcabcce5
 import codecs
+import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .decode import fast_step
+from .device import choose_device
 from .errors import NotFoundError, UsageError
 from .filters import Sampling, apply_filters, draw, uniforms
 from .model import GPT, KVCache
@@ -101,9 +104,9 @@ class TextStream:
         "Text that can be shown now; `stopped` tells whether a stop string was met"
         if self.stopped: return ""
         self.held += self.decoder.decode(data, final)
-        if ends := [i for s in self.stop if (i := self.held.find(s)) >= 0]:
+        if ends := [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]:
             self.stopped = True
-            return self.held[:min(ends)]
+            return self.held[:min(ends)[1]] # before the one that is whole first, wherever the bytes were cut
         begun = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
         sure = len(self.held) - (0 if final else begun)
         text, self.held = self.held[:sure], self.held[sure:]
@@ -157,14 +160,30 @@ def generate(
     yield Piece(stream.push(b"", final=True), finish=finish)
 
 # %% ../nbs/10_sampler.ipynb #13d94797
-@dataclass(frozen=True)
+@dataclass
 class Completion:
-    "A whole text"
+    "What the pieces of a text add up to, and how long they took"
     prompt:str
-    text:str # What follows the prompt
-    tokens:list[int]
-    logprobs:list[float|None]
-    finish:str # "length", "eot" or "stop"
+    text:str = "" # What follows the prompt
+    finish:str|None = None # As in `Piece`, or "interrupted" by Ctrl-C
+    tokens:list[int] = field(default_factory=list)
+    logprobs:list[float|None] = field(default_factory=list)
+    seconds:float = 0.0 # Until the last piece; in a batch the rows share their time
+    first_token_seconds:float|None = None
+    tokens_per_second:float|None = None
+    begun:float = field(default_factory=time.perf_counter, repr=False)
+
+    def add(self,
+        piece:Piece # The next one
+    ):
+        "Take a piece"
+        self.seconds = time.perf_counter() - self.begun
+        if piece.token is not None:
+            self.tokens.append(piece.token)
+            self.logprobs.append(piece.logprob)
+            self.first_token_seconds = self.first_token_seconds or self.seconds
+            self.tokens_per_second = len(self.tokens) / self.seconds
+        self.text, self.finish = self.text + piece.text, piece.finish
 
 def generate_batch(
     model:GPT, # In evaluation mode
@@ -174,26 +193,32 @@ def generate_batch(
     samples:int=1, # Texts per prompt
     batch_size:int=16 # Rows written at the same time
 )->Iterator[Completion]: # `samples` texts for each prompt, in order
-    "Continue many prompts, several at a time; the same texts as one by one"
+    "Continue many prompts, several at a time; the same texts as one by one. Ctrl-C yields those begun and ends"
     sampling = sampling or Sampling()
     if sampling.beams > 1:
         raise UsageError("Beam search writes one text of one prompt. Leave --beams out, or give one prompt and one sample")
+    encoded = []
+    for n, prompt in enumerate(prompts, 1):
+        try: encoded.append((prompt, prompt_ids(model, tokenizer, prompt, sampling)))
+        except UsageError as e: raise UsageError(f"Prompt {n} of {len(prompts)}: {e}" if len(prompts) > 1 else e) from None
     def seed(i): return None if sampling.seed is None else sampling.seed + i
-    rows = [(p, prompt_ids(model, tokenizer, p, sampling), seed(i)) for p in prompts for i in range(samples)]
-    for at in range(0, len(rows), batch_size):
-        texts, ids, seeds = zip(*rows[at:at+batch_size])
-        streams, parts, finish = [TextStream(sampling.stop) for _ in ids], [[] for _ in ids], ["length"] * len(ids)
-        alive = set(range(len(ids)))
-        for tokens, logps in write_tokens(model, list(ids), sampling, list(seeds), tokenizer.vocab_size):
-            for r in list(alive):
-                if tokens[r] == tokenizer.eot_id and not sampling.ignore_eot: finish[r] = "eot"
-                else: parts[r].append((streams[r].push(tokenizer.token_bytes(tokens[r])), tokens[r], logps[r]))
-                if streams[r].stopped: finish[r] = "stop"
-                if finish[r] != "length": alive.remove(r)
-            if not alive: break
-        for text, stream, part, end in zip(texts, streams, parts, finish):
-            written, tokens, logps = zip(*part) if part else ((), (), ())
-            yield Completion(text, "".join(written) + stream.push(b"", final=True), list(tokens), list(logps), end)
+    rows = ((prompt, ids, seed(i)) for prompt, ids in encoded for i in range(samples))
+    while batch := list(islice(rows, batch_size)):
+        prompts, ids, seeds = map(list, zip(*batch))
+        texts = [(Completion(prompt), TextStream(sampling.stop)) for prompt in prompts]
+        try:
+            for tokens, logps in write_tokens(model, ids, sampling, seeds, tokenizer.vocab_size):
+                for (text, stream), token, logp in zip(texts, tokens, logps):
+                    if text.finish: continue
+                    if token == tokenizer.eot_id and not sampling.ignore_eot: text.add(Piece("", finish="eot"))
+                    else: text.add(Piece(stream.push(tokenizer.token_bytes(token)), token, logp, "stop" if stream.stopped else None))
+                if all(text.finish for text, _ in texts): break
+        except KeyboardInterrupt: rows, why = iter(()), "interrupted"
+        else: why = "length"
+        for text, stream in texts:
+            text.text += stream.push(b"", final=True)
+            text.finish = text.finish or why
+            yield text
 
 # %% ../nbs/10_sampler.ipynb #a618aebc
 @torch.inference_mode()
@@ -206,41 +231,44 @@ def beam_search(
     "The most probable text among those that `beams` parallel beginnings lead to"
     s, device, n = sampling, model.head.device, sampling.beams
     if len(ids) + s.max_new_tokens > model.config.seq_len:
+        fits = model.config.seq_len - len(ids)
         raise UsageError(f"Beam search keeps to the context of {model.config.seq_len} tokens; the prompt has {len(ids)} "
-                         f"and {s.max_new_tokens} are to follow. Try fewer with --max-new-tokens")
+                         f"and {s.max_new_tokens} are to follow. "
+                         f"{f'Try --max-new-tokens {fits}' if fits else 'Shorten the prompt'}")
     cache, texts = KVCache(model, n, len(ids) + s.max_new_tokens), torch.tensor([ids] * n, device=device)
     totals = torch.tensor([0.0] + [-torch.inf] * (n - 1), device=device) # all beams are the same at first
-    logits, done = model.next_logits(texts, cache), []
+    logits, done, said = model.next_logits(texts, cache), [], totals.new_zeros(n, 0) # `said`: what each token cost
     for i in range(s.max_new_tokens):
-        logp = logits[:, :tokenizer.vocab_size].float().log_softmax(-1)
-        logp = apply_filters(logp, replace(s, temperature=0), texts, len(ids))
+        own = logits[:, :tokenizer.vocab_size].float().log_softmax(-1)
+        logp = apply_filters(own, replace(s, temperature=0), texts, len(ids))
         best, index = (totals[:, None] + logp).flatten().topk(2 * n)
         rows, chosen = index // logp.shape[1], index % logp.shape[1]
         ended = (chosen == tokenizer.eot_id) & (not s.ignore_eot)
         for k in ended[:n].nonzero()[:, 0].tolist():
-            done.append((best[k].item() / (i + 1), texts[rows[k], len(ids):].tolist(), "eot"))
+            done.append((best[k].item() / (i + 1), texts[rows[k], len(ids):].tolist(), said[rows[k]].tolist(), "eot"))
         keep = (~ended).nonzero()[:n, 0]
         totals, rows, chosen = best[keep], rows[keep], chosen[keep]
-        texts = torch.cat([texts[rows], chosen[:, None]], 1)
-        if i + 1 == s.max_new_tokens or (done and max(done)[0] >= totals[0].item() / (i + 1)): break
+        texts, said = torch.cat([texts[rows], chosen[:, None]], 1), torch.cat([said[rows], own[rows, chosen][:, None]], 1)
+        done = sorted(done)[-n:]
+        if i + 1 == s.max_new_tokens or (len(done) == n and done[0][0] >= totals[0].item() / (i + 1)): break
         cache.reorder(rows)
         logits = model.next_logits(chosen[:, None], cache)
-    done.append((totals[0].item() / (texts.shape[1] - len(ids)), texts[0, len(ids):].tolist(), "length"))
-    _, tokens, finish = max(done)
+    done.append((totals[0].item() / (texts.shape[1] - len(ids)), texts[0, len(ids):].tolist(), said[0].tolist(), "length"))
+    _, tokens, logps, finish = max(done)
     stream = TextStream(s.stop)
-    for token in tokens:
-        yield Piece(stream.push(tokenizer.token_bytes(token)), token)
+    for token, logp in zip(tokens, logps):
+        yield Piece(stream.push(tokenizer.token_bytes(token)), token, logp if s.logprobs else None)
         if stream.stopped: finish = "stop"; break
     yield Piece(stream.push(b"", final=True), finish=finish)
 
 # %% ../nbs/10_sampler.ipynb #783c65e3
 def load_for_generation(
     folder:Path, # A checkpoint or any Hugging Face folder of the two architectures
-    device:str="auto" # auto, cuda, mps or cpu
+    device:str="auto", # auto, cuda, mps or cpu
+    prefer:str="auto" # From settings.ini, where the first leaves it open
 )->tuple[GPT, Tokenizer]: # The model in evaluation mode, and its tokenizer
     "Open a folder to write with it: bf16 on a GPU, fp32 elsewhere"
     if not Path(folder).is_dir(): raise NotFoundError(f"{folder} does not exist; list the runs with: llm-trainer runs")
-    mps = torch.backends.mps.is_available()
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device, _ = choose_device(device, prefer)
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    return model.to(device, torch.bfloat16 if device.startswith("cuda") else torch.float32), tokenizer
+    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32), tokenizer

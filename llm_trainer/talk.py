@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.frontend import convert, nearest
 from llm_trainer.terminal import clean
+
+if TYPE_CHECKING: from llm_trainer.sampler import Completion  # which loads torch; prompts are read before that
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ def read_text(path: str) -> str:
 def read_prompts(path: str) -> list[str]:
     'The prompts of a JSONL file: each line a text, or an object with the key "prompt"'
     prompts = []
-    for n, row in enumerate(read_text(path).splitlines(), 1):
+    for n, row in enumerate(read_text(path).split("\n"), 1):  # other signs that end a line may stand in a JSON text
         if not row.strip(): continue
         try: value = json.loads(row)
         except ValueError: value = None
@@ -36,7 +38,7 @@ def read_prompts(path: str) -> list[str]:
         if not isinstance(value, str):
             raise UsageError(f'{clean(path, "")}, line {n}: expected a JSON text or an object with "prompt", '
                              f"not {clean(row, '')[:40]!r}.")
-        prompts.append(value)
+        prompts.append(_text_only(value, f"{clean(path, '')}, line {n}: the prompt"))
     if not prompts: raise UsageError(f'{clean(path, "")} holds no prompt. A line looks like this: {{"prompt": "The"}}')
     return prompts
 
@@ -48,59 +50,38 @@ def one_prompt(prompt: str | None, prompt_file: str | None) -> str:
                          "or a file: --prompt-file FILE; or talk to the model: --interactive")
     text = prompt if prompt is not None else read_text(prompt_file or "-")
     if not text: raise UsageError('The prompt is empty; there is nothing to continue. Try --prompt "The"')
+    return _text_only(text, "The prompt")
+
+
+def _text_only(text: str, what: str) -> str:
+    "`text`, if it is Unicode throughout: a tokenizer would read something else in place of a stray byte"
     try: text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"The prompt is no valid UTF-8: character {error.start + 1} is a stray byte. A tokenizer "
+        raise UsageError(f"{what} is no valid UTF-8: character {error.start + 1} is a stray byte. A tokenizer "
                          "reads text only; convert the file first, for example with iconv.") from None
     return text
 
 
 # Texts ---------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Text:
-    """What was written for one prompt, and how fast."""
-    prompt: str
-    text: str = ""
-    finish: str | None = None  # length, eot, stop, interrupted
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    seconds: float = 0.0
-    first_token_seconds: float | None = None
-
-    def to_dict(self) -> dict:
-        "Ready for JSON"
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**own, "tokens_per_second": len(self.tokens) / self.seconds if self.seconds else None}
-
-
-def write(pieces: Iterator, prompt: str, show: Callable[[str], None] = lambda text: None) -> Text:
+def write(pieces: Iterator, prompt: str, show: Callable[[str], None] = lambda text: None) -> Completion:
     "Collect the sampler's pieces, showing each as it comes; Ctrl-C ends the text politely"
-    result, begun = Text(prompt), time.perf_counter()
+    from llm_trainer.sampler import Completion
+    text = Completion(prompt)
     try:
         for piece in pieces:
-            if piece.token is not None:
-                result.first_token_seconds = result.first_token_seconds or time.perf_counter() - begun
-                result.tokens.append(piece.token)
-                result.logprobs.append(piece.logprob)
-            result.text += piece.text
-            result.finish = piece.finish or result.finish
+            text.add(piece)
             if piece.text: show(piece.text)
-    except KeyboardInterrupt: result.finish = "interrupted"
-    result.seconds = time.perf_counter() - begun
-    return result
+    except KeyboardInterrupt: text.finish = "interrupted"
+    return text
 
 
-def write_many(completions: Iterator, show: Callable[[str], None]) -> list[Text]:
-    "Collect the texts of a batch, showing each when it is whole; Ctrl-C keeps those that are"
-    texts, begun = [], time.perf_counter()
-    try:
-        for done in completions:
-            show(f"{'' if not texts else chr(10)}--- {len(texts) + 1}: {done.prompt[:60]!r}\n{done.text}\n")
-            texts.append(Text(done.prompt, done.text, done.finish, done.tokens, done.logprobs))
-            texts[-1].seconds = time.perf_counter() - begun
-    except KeyboardInterrupt:
-        if texts: texts[-1].finish = "interrupted"
+def write_many(completions: Iterator, show: Callable[[str], None]) -> list[Completion]:
+    "Collect the texts of a batch, showing each when its batch is done"
+    texts = []
+    for text in completions:
+        texts.append(text)
+        show(f"{'' if len(texts) == 1 else chr(10)}--- {len(texts)}: {text.prompt[:60]!r}\n{text.text}\n")
     return texts
 
 
@@ -126,7 +107,7 @@ REPL_HELP = """\
 Type a prompt and press Enter; the model continues it. Ctrl-C stops a text, Ctrl-D leaves.
   /more              go on with the last text
   /set               show the knobs
-  /set KNOB VALUE    change one, as in /set temperature 0.7
+  /set KNOB VALUE    change one, as in /set temperature 0.7 or /set stop ["\\n", "END"]
   /history           what was asked so far
   /help   /quit"""
 
@@ -157,16 +138,16 @@ def converse(generate: Callable, sampling, notify=print):
             close = nearest(word, ["/more", "/set", "/history", "/help", "/quit"])
             notify(f"There is no {clean(word, '')}. {f'Did you mean {close[0]}?' if close else 'Try /help.'}")
         else:
-            prompt = last if word == "/more" else said
+            prompt, how = (last, replace(sampling, truncate="left")) if word == "/more" else (said, sampling)
             if word != "/more": asked.append(said)
-            try: last = prompt + write(generate(prompt, sampling), prompt, to_terminal).text
+            try: last = prompt + write(generate(_text_only(prompt, "The prompt"), how), prompt, to_terminal).text
             except LLMTrainerError as error: notify(str(error))
             else: notify("\n")
 
 
 def _set(sampling, words: list[str], notify):
     "`sampling` with one knob changed, or all knobs shown"
-    kinds = {f.name: type(f.default) for f in fields(sampling)}
+    kinds = {f.name: type(f.default) for f in fields(sampling) if f.name != "logprobs"}  # which nothing here shows
     if not words:
         notify("\n".join(f"  {name:<20} {getattr(sampling, name)}" for name in kinds))
         return sampling
@@ -177,9 +158,16 @@ def _set(sampling, words: list[str], notify):
     if len(words) == 1: notify(f"  {name} {getattr(sampling, name)}")
     if len(words) == 1: return sampling
     try:
-        if kinds[name] is tuple: value = (words[1],)
+        if kinds[name] is tuple: value = _strings(words[1])
         else: value = convert(words[1].strip(), int | None if name == "seed" else kinds[name])
     except ValueError as error: raise UsageError(f"{name} takes {error}, not {clean(words[1], '')[:40]!r}.") from None
     sampling = replace(sampling, **{name: value})
-    notify(f"  {name} {value}")
+    notify(f"  {name} {getattr(sampling, name)}")
     return sampling
+
+
+def _strings(text: str) -> list[str] | str:
+    "A JSON list of strings, or one string, in JSON or as it is"
+    try: found = json.loads(text)
+    except ValueError: return text
+    return found if isinstance(found, (list, str)) else text

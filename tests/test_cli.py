@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -433,9 +434,54 @@ def test_generate(trained, monkeypatch, capsys, tmp_path):
     assert code == 2 and "exclude each other" in err
 
 
+def test_many_prompts(trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(trained.root))
+    file, prompts = tmp_path / "prompts.jsonl", ["one", "two\u2028\u0085 lines", "three\n"]
+    def say(*rows):
+        file.write_text("\n".join(rows), encoding="utf-8", newline="")
+        return cli.main(["generate", f"--prompts={file}", "--max-new-tokens=6", "--temperature=0", "--json"]), *capsys.readouterr()
+    rows = json.dumps({"prompt": prompts[0]}), "", json.dumps(prompts[1], ensure_ascii=False), json.dumps(prompts[2])
+    code, out, _ = say(*rows)
+    texts = json.loads(out)["texts"]
+    assert code == 0 and [t["prompt"] for t in texts] == prompts and all(t["first_token_seconds"] for t in texts)
+    for text in texts:
+        cli.main(["generate", f"--prompt={text['prompt']}", "--max-new-tokens=6", "--temperature=0", "--json"])
+        assert json.loads(capsys.readouterr().out)["texts"][0]["tokens"] == text["tokens"]
+    for row, fault in (('{"text": "a"}', "line 2: expected"), ('"a\\ud800"', "line 2: the prompt is no valid UTF-8"),
+                       ('""', "Prompt 2 of 2")):
+        code, out, err = say('"one"', row)
+        assert code == 2 and not out and fault in err
+
+
+def test_ctrl_c_ends_a_text_politely(trained, tmp_path):
+    env = {**os.environ, "LLM_TRAINER_HOME": str(trained.root), "OMP_NUM_THREADS": "1"}
+    argv = ["generate", "--prompt=The ", "--max-new-tokens=1000000", "--ignore-eot"]
+    with subprocess.Popen([*PROGRAM, *argv], cwd=trained.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        begun = writer.stdout.read(1)
+        writer.send_signal(signal.SIGINT)
+        rest, said = writer.communicate(timeout=120)
+    assert begun and rest.endswith(b"\n") and not said and writer.returncode == 130
+
+
+def test_a_damaged_checkpoint_folder_is_not_read(trained, tmp_path):
+    whole = next((trained.root / "checkpoints" / "done").glob("step-*"))
+    folder = tmp_path / "done" / whole.name
+    shutil.copytree(whole, folder)
+    argv = "generate", str(folder), "--prompt=a", "--max-new-tokens=1"
+    assert program(trained, *argv).returncode == 0
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    ran = program(trained, *argv)
+    assert ran.returncode == 1 and not ran.stdout and "model.safetensors is damaged" in ran.stderr
+
+
 def test_interactive(trained):
-    said = "The \n/set temperature 0\n/set tempreature 1\n/set top_p 3\n/more\n/sat\n/history\n/quit\n"
-    ran = program(trained, "generate", "--interactive", "--max-new-tokens=3", input=said)
+    said = "The \n/set temperature 0\n/set tempreature 1\n/set top_p 3\n/more\n/more\n/sat\n/set stop [\"a\", \"b\"]\n/history\n/quit\n"
+    ran = program(trained, "generate", "--interactive", "--max-new-tokens=90", input=said)
     assert ran.returncode == 0 and not ran.stderr
-    for text in ("temperature 0.0", "Did you mean temperature?", "top_p must be", "Did you mean /set?", "1  The"):
+    for text in ("temperature 0.0", "Did you mean temperature?", "top_p must be", "Did you mean /set?", "('a', 'b')", "1  The"):
         assert text in ran.stdout
+    assert "The prompt has" not in ran.stdout  # /more goes on beyond the context

@@ -29,35 +29,42 @@ def test_words_do_not_depend_on_where_blocks_end():
     assert {words(ids, tokenizer, block) for block in (1, 2, 3, 7, 1000)} == {6}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["gpt2", "qwen3"])
+def folder(request, tmp_path_factory):
     "A Hugging Face folder with random weights and a byte tokenizer"
     place = tmp_path_factory.mktemp("model")
     torch.manual_seed(1)
     tokenizer = train_tokenizer("byte", 257, ())
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, seq_len=32), tokenizer.vocab_size)
+    model = GPT(ModelConfig(arch=request.param, n_layer=2, n_head=2, n_embd=32, seq_len=32), tokenizer.vocab_size)
     for p in model.parameters(): torch.nn.init.normal_(p, 0, 0.3)
     save_weights(model, place, tokenizer.eot_id)
     tokenizer.save(place)
     return place
 
 
-def test_equal_to_hugging_face(folder):
+@pytest.mark.parametrize("stride", [32, 8])
+def test_equal_to_hugging_face(folder, tmp_path, stride):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     text = "The function returns a list of names. " * 20
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
-    theirs, nats = AutoModelForCausalLM.from_pretrained(folder).eval(), 0.0
-    with torch.no_grad():
-        for at in range(0, len(ids) - 1, 32):
-            window = ids[at:at + 33]
-            logits = theirs(window[None, :-1]).logits[0].float()
-            nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-    tokenizer = Tokenizer.load(folder)
-    tokens = np.array(tokenizer.encode(text))
-    assert tokens.tolist() == ids.tolist()
-    ours = evaluate(load_model(folder), strided(tokens, 32, 32, 4), token_lengths(tokenizer))
-    assert abs(ours["loss"] - nats / (len(ids) - 1)) < 1e-4
-    assert math.isclose(ours["bits_per_byte"], nats / math.log(2) / (len(text) - 1), rel_tol=1e-4)
+    (tmp_path / "text.txt").write_text(text)
+    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), stride, "cpu", notify=lambda message: None)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer(text, return_tensors="pt").input_ids[0]
+    eot = torch.tensor([tokenizer.eos_token_id])
+    ids, nats, end = torch.cat([eot, ids, eot]), [], 1  # a document stands between two of them
+    for at in range(0, len(ids), stride):  # Hugging Face's recipe for models of fixed length
+        window = ids[at:at + 33]
+        with torch.no_grad(): logits = model(window[None, :-1]).logits[0]
+        each = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
+        nats += each[end - at - 1:].tolist()  # without those that the windows before predicted
+        end = at + len(window)
+        if end == len(ids): break
+    assert found["tokens"] == len(nats) == len(ids) - 1 and found["stride"] == stride
+    assert found["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(sum(nats[:-1]) / math.log(2) / len(text), abs=1e-4)
+    assert math.log(found["word_perplexity"]) == pytest.approx(sum(nats) / len(text.split()), rel=1e-4)
 
 
 def test_a_file_is_measured_whole(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Filters keep what Hugging Face's keep; cached, batched and streamed texts are the texts of the slow and obvious way."""
 
+import copy
 import io
 import json
 import queue
@@ -11,7 +12,9 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from llm_trainer import sampler
 from llm_trainer.config import ModelConfig
+from llm_trainer.device import why_not
 from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.filters import Sampling, apply_filters, draw, no_repeat_ngram, repetition_penalty, uniforms
 from llm_trainer.generate_server import serve
@@ -87,10 +90,10 @@ def test_ten_thousand_random_cases_keep_what_transformers_keeps():
         history = torch.randint(v, (rows, n), generator=g)
         ours, want = apply_filters(logits, s, history, n // 2), theirs(s, history, n // 2, logits)
         same = ours.isfinite() == want.isfinite()
-        same |= ~want.isfinite().any(1, keepdim=True)  # everything banned: nothing to agree on
-        assert same.all(), s
+        left = want.isfinite().any(1)  # where everything is banned there is nothing to agree on
+        assert same[left].all(), s
         assert torch.equal(ours[ours.isfinite()], want[ours.isfinite()]), s
-        cases += rows
+        cases += left.sum().item()
 
 
 def test_the_order_is_the_one_generate_uses(tmp_path):
@@ -130,7 +133,8 @@ def test_a_struck_token_is_never_drawn(scores, u, data):
     dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.1),
     dict(top_p=float("nan")), dict(typical_p=0), dict(min_p=-0.1), dict(min_p=2), dict(top_k=-1), dict(top_k=1.5),
     dict(no_repeat_ngram=-1), dict(max_new_tokens=0), dict(repetition_penalty=0), dict(presence_penalty=float("nan")),
-    dict(beams=0), dict(truncate="right"), dict(stop=[""]), dict(stop=[1]), dict(seed=1.5)])
+    dict(beams=0), dict(beams=10**9), dict(max_new_tokens=10**12), dict(seed=2**64), dict(truncate="right"), dict(stop=[""]),
+    dict(stop=[1]), dict(seed=1.5)])
 def test_a_knob_that_cannot_be_meant_is_named(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))): Sampling(**wrong)
 
@@ -188,10 +192,8 @@ def test_any_cut_of_the_bytes_streams_the_same_text(text, stop, seed):
         data = data[n:]
         if stream.stopped: break
     shown += stream.push(b"", final=True)
-    assert text.startswith(shown)
-    ends = [i for s in stop if (i := text.find(s)) >= 0]
-    if not ends: assert shown == text
-    else: assert stream.stopped and not any(s in shown for s in stop)
+    ends = [(i + len(s), i) for s in stop if (i := text.find(s)) >= 0]  # the first that is whole counts
+    assert stream.stopped == bool(ends) and shown == text[:min(ends, default=(0, None))[1]]
 
 
 def test_broken_bytes_become_one_sign_each_and_nothing_is_lost():
@@ -253,6 +255,30 @@ def test_prompts_that_cannot_be_continued_say_why(model, tokenizer):
     assert cut == [p.token for p in generate(model, tokenizer, "x" * CONTEXT, Sampling(seed=1, max_new_tokens=5))]
     with pytest.raises(UsageError, match="don't belong together"): next(generate(wild("gpt2", 200), tokenizer, "a"))
     with pytest.raises(NotFoundError): load_for_generation("/nowhere")
+    with pytest.raises(UsageError, match="Prompt 2 of 3: .*empty"): next(generate_batch(model, tokenizer, ["a", "", "b"]))
+    with pytest.raises(UsageError, match=f"max-new-tokens {CONTEXT - 1}$"): beam(model, tokenizer, "a", beams=2)
+
+
+def test_a_device_that_is_not_there_is_refused(tokenizer, tmp_path):
+    save_weights(wild("gpt2"), tmp_path, 256)
+    tokenizer.save(tmp_path)
+    missing = next(d for d in ("mps", "cuda") if why_not(d))  # no machine has both
+    for asked in ((missing,), ("auto", missing)):
+        with pytest.raises(UsageError, match=f"asks for {missing}"): load_for_generation(tmp_path, *asked)
+
+
+def test_an_interrupted_batch_gives_what_was_written(tokenizer, monkeypatch):
+    def interrupted(*args):
+        for i, tokens in enumerate(write_tokens(*args)):
+            if i == 3: raise KeyboardInterrupt
+            yield tokens
+    s = Sampling(max_new_tokens=9, seed=1, ignore_eot=True)
+    whole = list(generate_batch(wild("gpt2"), tokenizer, ["a", "bc"], s, samples=2))
+    monkeypatch.setattr(sampler, "write_tokens", interrupted)
+    cut = list(generate_batch(wild("gpt2"), tokenizer, ["a", "bc"], s, samples=2, batch_size=3))
+    assert [c.finish for c in cut] == ["interrupted"] * 3  # the second batch was not begun
+    assert [c.tokens for c in cut] == [c.tokens[:3] for c in whole[:3]]
+    assert all(0 < c.first_token_seconds <= c.seconds and c.tokens_per_second for c in cut)
 
 
 def beam(model, tokenizer, prompt, **knobs):
@@ -271,19 +297,26 @@ def test_beams_find_the_most_probable_text(tokenizer):
     def score(tokens):
         logp = model(torch.cat([ids, torch.tensor([tokens])], 1))[0].log_softmax(-1)[0]
         return sum(logp[1 + i, t].item() for i, t in enumerate(tokens))
+    pieces = list(generate(model, tokenizer, "hi", Sampling(ignore_eot=True, beams=3, max_new_tokens=6, logprobs=True)))[:-1]
+    assert sum(p.logprob for p in pieces) == pytest.approx(score([p.token for p in pieces]), abs=1e-3)
     one, three = (beam(model, tokenizer, "hi", beams=n, temperature=0, max_new_tokens=6) for n in (1, 3))
     assert score(three) >= score(one) - 1e-4
 
 
 def test_beams_equal_hugging_faces(tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
+    ended, tokenizer = 0, copy.copy(tokenizer)
     for arch in CONFIGS:
         model = wild(arch)
         save_weights(model, tmp_path, 256)
-        them = AutoModelForCausalLM.from_pretrained(tmp_path)
-        out = them.generate(torch.tensor([tokenizer.encode("hello")]), num_beams=4, max_new_tokens=10, do_sample=False,
-                            eos_token_id=None, pad_token_id=0)
-        assert beam(model, tokenizer, "hello", beams=4, max_new_tokens=10) == out[0, 5:].tolist()
+        them, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([tokenizer.encode("hello")])
+        for eot in (None, *range(5, 250, 25)):  # any token may end a text
+            want = them.generate(ids, num_beams=4, max_new_tokens=12, do_sample=False, eos_token_id=eot, pad_token_id=0)[0, 5:].tolist()
+            if eot in want: ended, want = ended + 1, want[:want.index(eot)]
+            tokenizer.eot_id = eot or 256
+            s = Sampling(beams=4, max_new_tokens=12, ignore_eot=not eot)
+            assert [p.token for p in generate(model, tokenizer, "hello", s) if p.token is not None] == want
+    assert ended
 
 
 # ---- the child process
