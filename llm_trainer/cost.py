@@ -77,7 +77,7 @@ def memory_estimate(
     joined = matrices - cfg.n_layer * C * (cfg.n_head*cfg.head_size + cfg.n_hidden) # qwen3's weights of one matmul
     copies = 2*matrices if h == 2 else 0 if cfg.arch == "gpt2" else 4*joined
     head = rows * C * (4 + h) + 4*V*C # the last norm, and the gradients that the loss makes on the way forward
-    if device == "cuda": head += h*rows*V
+    if device == "cuda": head += h * min(rows*V, 2**29)
     activations = rows * cfg.n_layer * activation_bytes(cfg, dtype, device) + copies + head
     parts = dict(weights=4*parameters, gradients=4*parameters, activations=activations,
                  optimizer=4 * (2*parameters - (matrices if optimizer == "muon" else 0)))

@@ -63,7 +63,7 @@ def cut(
 
 
 def pieces_of(text: str) -> list[str]:
-    "A whole document in such pieces; most are short, and one"
+    "The `text` of a whole document in such pieces; most are short, and one"
     return [text] if 0 < len(text) < PIECE else list(cut([text]))
 
 # %% ../nbs/02_data.ipynb #8c235237

@@ -305,7 +305,8 @@ class Trainer:
         except InterruptedError: return
         p.evaluated(r["loss"])
         yield Evaluated(p.step, self.epoch, p.tokens, r["loss"], r["perplexity"], r["bits_per_byte"])
-        self.record(p.step, r)  # last: until then the evaluation is owed
+        self.record(p.step, r)  # until then the evaluation is owed
+        self.owes_evaluation = False
 
     def __iter__(self)->Iterator: # Events; the last is `Finished`
         "Train to the target"
@@ -327,7 +328,8 @@ class Trainer:
             aside = time.perf_counter()
             asked = self.requests()
             stopping = "stop" in asked
-            evaluating = self.validation and (due(t.eval_every) or self.complete) and not stopping
+            self.owes_evaluation = bool(self.validation) and bool(due(t.eval_every) or self.complete)
+            evaluating = self.owes_evaluation and not stopping
             late = t.save_minutes and time.monotonic() - self._saved_at > t.save_minutes * 60
             busy = False
             if evaluating or late or due(t.save_every) or "save" in asked or self.complete or stopping:
@@ -346,4 +348,4 @@ class Trainer:
             if busy or p.step == self._first_step + 1: yield Phase("training")
             self._aside += time.perf_counter() - aside
         if self._saved_step != p.step: yield from self.save(last=True)
-        yield Finished("completed") if self.complete else Finished("stopped")
+        yield Finished("completed") if self.complete and not self.owes_evaluation else Finished("stopped")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_trainer import cli, follow, launch, runs, workspace
+from llm_trainer import cli, follow, runs, workspace
 from llm_trainer.trainer import Evaluated, Phase, Saved, Step
 from llm_trainer.worker import Doing
 
@@ -343,14 +343,10 @@ def test_what_a_first_look_shows_to_be_no_text_is_refused_before_there_is_a_run(
 
 def test_a_text_that_is_too_short_leaves_nothing(space):
     (space.root / "short.txt").write_text("Too short. " * 20)
-    queue = launch.Queue(space.runs, {})
-    queue.claim()
     for verb in ("train", "prepare"):
         ran = program(space, verb, "--config", "tiny", "--dataset", "short.txt", "--seq_len", "500")
         assert ran.returncode == 2 and "fewer than one window" in ran.stderr, ran.stderr
-        assert ("another run uses this device" in ran.stderr) == (verb == "train")
-        assert not os.listdir(space.data) and os.listdir(space.runs) == [".queue"]
-    queue.lock.release()
+        assert not os.listdir(space.data) and set(os.listdir(space.runs)) <= {".queue"}
 
 
 def test_a_checkpoint_that_was_pruned_meanwhile_is_chosen_again(trained, tmp_path, monkeypatch):

@@ -83,3 +83,14 @@ def test_clipping_bounds_the_gradient_that_is_used():
     step = next(e for e in t if e.kind == "step")
     used = torch.cat([p.grad.flatten() for p in t.model.parameters()]).norm()
     assert step.grad_norm > 0.1 and used <= 0.0101
+
+
+def test_a_stop_before_the_last_evaluation_leaves_it_owed():
+    t = trainer(steps=3, eval_every=0)
+    t.requests = lambda: {"stop"} if t.progress.step == 3 else set()
+    *_, last = t
+    assert t.complete and (last.status, t.owes_evaluation) == ("stopped", True)
+    t.requests = set
+    assert [e.kind for e in t if e.kind in ("evaluated", "step")] == ["evaluated"]
+    *_, last = t
+    assert last.status == "completed"
