@@ -291,7 +291,8 @@ def _fill(folder: Path, meta: dict[str, Any]) -> None:
 def sweep(runs: Path) -> None:
     "Removes what a killed process left behind in `runs`: folders half made (an hour old) or half deleted"
     for entry in os.scandir(runs) if runs.is_dir() else ():
-        half = entry.name.startswith(".new-") and time.time() - entry.stat(follow_symlinks=False).st_mtime > 3600
+        try: half = entry.name.startswith(".new-") and time.time() - entry.stat(follow_symlinks=False).st_mtime > 3600
+        except FileNotFoundError: continue # it is whole and has its name by now
         if (half or entry.name.startswith(".gone-")) and not host.is_locked(Path(entry.path) / "lock"):
             remove(Path(entry.path))
 

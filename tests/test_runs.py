@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from llm_trainer import failpoints, host
 from llm_trainer.errors import BusyError, NotFoundError, UsageError
 from llm_trainer.records import Appender, Follower, encode, read_lines, write_whole
-from llm_trainer.runs import Run, RunWriter, create_run, derive, find_run, known, list_runs
+from llm_trainer.runs import Run, RunWriter, create_run, derive, find_run, known, list_runs, sweep
 
 CONFIG = {"training": {"epochs": 2, "lr": 0.001}}
 
@@ -344,3 +345,19 @@ def test_status_reads_no_metrics_and_imports_little(runs):
             "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0], *heavy)")
     out = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True).stdout
     assert int(out.split()[0]) < 50_000 and len(out.split()) == 1  # kB
+
+
+def test_sweeping_passes_over_a_folder_that_gets_its_name_meanwhile(tmp_path):
+    over = threading.Event()
+    def make():
+        while not over.is_set():
+            for i in range(20): (tmp_path / f".new-{i}").mkdir()
+            for i in range(20): (tmp_path / f".new-{i}").rename(tmp_path / f"run-{i}")
+            for i in range(20): (tmp_path / f"run-{i}").rmdir()
+    maker = threading.Thread(target=make)
+    maker.start()
+    try:
+        for _ in range(2000): sweep(tmp_path)
+    finally:
+        over.set()
+        maker.join()
