@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "workspace", "terminal", "host", "failpoints", "config", "records", "runs"},
     {"device", "cache", "builtin", "hub", "data", "tokenizer"},
     {"batches", "model", "weights", "cost", "optimizer", "checkpoint"},
-    {"trainer", "filters", "decode", "sampler"},
+    {"trainer", "filters", "decode", "gpu", "sampler"},
     {"train", "measure", "worker", "launch", "generate_server"},
     {"frontend", "show", "follow", "talk", "doctor", "plan", "cli", "tui", "live"},
 ]
