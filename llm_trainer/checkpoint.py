@@ -450,11 +450,11 @@ class Checkpoints:
         have = ", ".join(map(str, self.steps()[-8:])) or "none"
         return NotFoundError(f"Run {self.run_id} has no checkpoint {step!r}; it has: {have}.")
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> dict[int, list[str]]: # step → problems
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> dict[int, list[str]]: # step → problems
         "Re-read every checkpoint; the good ones are noted in the index as verified"
-        found = {}
-        for step in self.steps():
+        found, steps = {}, self.steps()
+        for step in steps:
             found[step] = verify(self.path(step), run_id=self.run_id)
-            if progress: progress(step)
+            if progress: progress(len(found), len(steps))
             if not found[step]: self.record(step, None, verified_at=_now())
         return {step: problems for step, problems in found.items() if self.path(step).exists()} # the run goes on meanwhile
