@@ -61,13 +61,13 @@ def command(front, it) -> str:
     parts = [f"### {it.name}", f"{summary}.", inspect.cleandoc(rest), f"```bash\n{front.usage(it)}\n```"]
     own = [f for f in it.flags.values() if not f.hidden and not f.note]
     if own:
-        label = lambda f: f.name.upper() if f.positional else f.spelling
+        label = lambda f: f.placeholder().replace("|", r"\|") if f.positional else f.spelling
         rows = [f"| `{label(f)}`{value(f)} | {default(f)} | {cell(f.description)} |" for f in own]
         parts.append(cards("\n".join(["| flag | default | what it is |", "|---|---|---|", *rows])))
     settings = [f.name for f in it.flags.values() if f.note and not f.hidden]
     where = "[configuration](configuration.md)"
     if len(settings) == len(fields()): parts.append(f"Every setting of the {where} is a flag too: `--n_layer 4`, `--lr 3e-4`.")
-    elif settings: parts.append(f"Settings of the {where} that are flags here: {', '.join(f'`--{n}`' for n in settings)}.")
+    elif settings: parts.append(f"::: {{.flags}}\nSettings of the {where} that are flags here: {', '.join(f'`--{n}`' for n in settings)}.\n:::")
     return "\n\n".join(p for p in parts if p)
 
 
@@ -123,7 +123,7 @@ def benchmarks() -> str:
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         about = " ".join(said.partition("\n\n")[0].split()).replace("|", r"\|")
         if about: rows.append(f"| `python bench/{path.name}` | {about} |")
-    listed = "\n".join(["## Measure it yourself", "", "| command | what it measures |", "|---|---|", *rows]) if rows else ""
+    listed = "\n".join(["## Measure it yourself", "", "::: {.ledger}", "| command | what it measures |", "|---|---|", *rows, ":::"]) if rows else ""
     return page("Benchmarks", "What was measured, beside what, and how to measure it again", *tables, listed)
 
 

@@ -112,7 +112,8 @@ def test_every_command_and_flag_is_explained(site):
     for name, command in front.commands.items():
         assert f'id="{name}"' in text, name
         for flag in command.flags.values():
-            if not flag.hidden and not flag.note and not flag.positional: assert flag.spelling in text, f"{name} {flag.spelling}"
+            if flag.positional: assert f"<code>{flag.placeholder()}</code>" in text, f"{name} {flag.placeholder()}"
+            elif not flag.hidden and not flag.note: assert flag.spelling in text, f"{name} {flag.spelling}"
 
 
 def test_the_settings_named_at_a_command_are_its_flags(site):
