@@ -103,7 +103,7 @@ def write_tokens(
             tokens, logps = step(tokens, random[i])
         copies = (x if x is None else x.to("cpu", non_blocking=True) for x in (tokens, logps))
         unread.append((*copies, torch.cuda.current_stream().record_event() if cuda else None))
-        if len(unread) > cuda: yield read()
+        if len(unread) > (cuda and step is not None): yield read()
     while unread: yield read()
 
 # %% ../nbs/10_sampler.ipynb #418ddf71

@@ -28,9 +28,10 @@ def model(request):
     return model.cuda()
 
 
-@pytest.fixture(params=["triton", "without"])
+@pytest.fixture(params=["triton", "in parts", "without"])
 def way(request, monkeypatch):
     if request.param == "without": monkeypatch.setattr(gpu, "triton", None)
+    if request.param == "in parts": monkeypatch.setattr(gpu, "PLACES", 4)
 
 
 @torch.no_grad()
