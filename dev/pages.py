@@ -67,7 +67,9 @@ def command(front, it) -> str:
     settings = [f.name for f in it.flags.values() if f.note and not f.hidden]
     where = "[configuration](configuration.md)"
     if len(settings) == len(fields()): parts.append(f"Every setting of the {where} is a flag too: `--n_layer 4`, `--lr 3e-4`.")
-    elif settings: parts.append(f"::: {{.flags}}\nSettings of the {where} that are flags here: {', '.join(f'`--{n}`' for n in settings)}.\n:::")
+    elif settings:
+        names = ", ".join(f"`--{n}`" for n in settings)
+        parts.append(f"::: {{.flags}}\nSettings of the {where} that are flags here: {names}.\n:::")
     return "\n\n".join(p for p in parts if p)
 
 
@@ -123,8 +125,8 @@ def benchmarks() -> str:
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         about = " ".join(said.partition("\n\n")[0].split()).replace("|", r"\|")
         if about: rows.append(f"| `python bench/{path.name}` | {about} |")
-    listed = "\n".join(["## Measure it yourself", "", "::: {.ledger}", "| command | what it measures |", "|---|---|", *rows, ":::"]) if rows else ""
-    return page("Benchmarks", "What was measured, beside what, and how to measure it again", *tables, listed)
+    listed = "\n".join(["## Measure it yourself", "", "::: {.ledger}", "| command | what it measures |", "|---|---|", *rows, ":::"])
+    return page("Benchmarks", "What was measured, beside what, and how to measure it again", *tables, listed if rows else "")
 
 
 def changelog() -> str:
