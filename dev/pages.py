@@ -24,7 +24,8 @@ def page(title: str, summary: str, *parts: str) -> str:
 
 def cell(text: str) -> str:
     "Text for a table cell: Markdown and HTML in it mean nothing"
-    return re.sub(r"([\\`*_|<>\[\]$#])", r"\\\1", text).replace("\n", " ")
+    mark = lambda m: f"`{m[1]}`" if m[1] else "\\" + m[2]  # --flag would become a dash and a word
+    return re.sub(r"(--[a-z][\w-]*)|([\\`*_|<>\[\]$#])", mark, text).replace("\n", " ")
 
 
 def cards(table: str) -> str:
@@ -35,6 +36,7 @@ def cards(table: str) -> str:
 def body(path: Path) -> str:
     "A Markdown file without its title, its tables ready for a narrow screen"
     text = path.read_text(encoding="utf-8") if path.exists() else "*Nothing is recorded yet.*"
+    text = re.sub(r"```.*?```|`[^`\n]*`|--[a-z][\w-]*", lambda m: m[0] if m[0][0] == "`" else f"`{m[0]}`", text, flags=re.S) # else a dash
     return re.sub(r"(?:^\|.*\n)+", lambda table: f"::: {{.ledger}}\n{table.group()}:::\n", re.sub(r"\A# .*\n+", "", text), flags=re.M)
 
 
@@ -54,17 +56,20 @@ def commands() -> str:
 
 def command(front, it) -> str:
     "One command: what it does, how it is called, its arguments and flags"
+    from llm_trainer.config import fields
     summary, _, rest = (it.function.__doc__ or "").partition("\n")
     parts = [f"### {it.name}", f"{summary}.", inspect.cleandoc(rest), f"```bash\n{front.usage(it)}\n```"]
     own = [f for f in it.flags.values() if not f.hidden and not f.note]
     if own:
-        label = lambda f: f.name.upper() if f.positional else f.spelling
+        label = lambda f: f.placeholder().replace("|", r"\|") if f.positional else f.spelling
         rows = [f"| `{label(f)}`{value(f)} | {default(f)} | {cell(f.description)} |" for f in own]
         parts.append(cards("\n".join(["| flag | default | what it is |", "|---|---|---|", *rows])))
     settings = [f.name for f in it.flags.values() if f.note and not f.hidden]
     where = "[configuration](configuration.md)"
-    if len(settings) > 20: parts.append(f"Every setting of the {where} is a flag too: `--n_layer 4`, `--lr 3e-4`.")
-    elif settings: parts.append(f"Settings of the {where} that are flags here: {', '.join(f'`--{n}`' for n in settings)}.")
+    if len(settings) == len(fields()): parts.append(f"Every setting of the {where} is a flag too: `--n_layer 4`, `--lr 3e-4`.")
+    elif settings:
+        names = ", ".join(f"`--{n}`" for n in settings)
+        parts.append(f"::: {{.flags}}\nSettings of the {where} that are flags here: {names}.\n:::")
     return "\n\n".join(p for p in parts if p)
 
 
@@ -120,8 +125,8 @@ def benchmarks() -> str:
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         about = " ".join(said.partition("\n\n")[0].split()).replace("|", r"\|")
         if about: rows.append(f"| `python bench/{path.name}` | {about} |")
-    listed = "\n".join(["## Measure it yourself", "", "| command | what it measures |", "|---|---|", *rows]) if rows else ""
-    return page("Benchmarks", "What was measured, beside what, and how to measure it again", *tables, listed)
+    listed = "\n".join(["## Measure it yourself", "", "::: {.ledger}", "| command | what it measures |", "|---|---|", *rows, ":::"])
+    return page("Benchmarks", "What was measured, beside what, and how to measure it again", *tables, listed if rows else "")
 
 
 def changelog() -> str:

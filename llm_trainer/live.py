@@ -26,6 +26,7 @@ from IPython import get_ipython
 from IPython.display import HTML, Image, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from . import launch, workspace
 from .errors import LLMTrainerError
@@ -36,7 +37,7 @@ from .tui.series import TRAIN, VAL, Clock, Series
 
 # %% auto #0
 __all__ = ['COLOURS', 'AXES', 'LOOK', 'ENDED', 'thin', 'smooth', 'Curves', 'names', 'picture', 'png', 'safe', 'headline', 'quote',
-           'Watch', 'watch']
+           'Lines', 'Watch', 'watch']
 
 # %% ../nbs/12_live.ipynb #9ea0b9f2
 def thin(
@@ -126,6 +127,7 @@ def picture(
         ax.plot(*c.line("val", x), color=colour, lw=1.2, ls=":", marker="o", ms=4, label=val)
     if any(len(c.train) + len(c.val) for c in curves): ax.legend(frameon=False, fontsize=8)
     else: ax.text(.5, .5, "nothing logged yet", ha="center", transform=ax.transAxes, color="gray")
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter) if log else (): axis(ScalarFormatter()) # 5, not 5 × 10⁰
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
@@ -157,7 +159,7 @@ def headline(
     sign, colour = LOOK.get(state.get("status"), ("✗", "#c9423a"))
     phase = f" · {safe(state['phase'])}" if state.get("status") == "running" and state.get("phase") else ""
     told = [f"step {state.get('step') or 0:,} of {state['steps']:,}" if state.get("steps") else "",
-            f"epoch {state['epoch']:.3g} of {state['epochs']:g}" if state.get("epoch") and state.get("epochs") else "",
+            f"epoch {round(state['epoch'], 2):g} of {round(state['epochs'], 2):g}" if state.get("epoch") and state.get("epochs") else "",
             *(f"{label} {state[key]:.4g}" for label, key in
               (("loss", "loss"), ("validation", "val_loss"), ("best", "best_val_loss")) if state.get(key) is not None)]
     if state.get("status") == "running":
@@ -182,6 +184,16 @@ def quote(
                 f'<pre style="{style}"><b>{safe(s.get("prompt", ""))}</b>{safe(s.get("text", ""))}</pre>')
     return "".join(one(s) for s in reversed(samples))
 
+# %% ../nbs/12_live.ipynb #cecf6887
+class Lines(go.FigureWidget):
+    "A figure that a page loaded again shows with everything in it"
+    def get_state(self, key=None, drop_defaults=False)->dict:
+        "All of the state, which a new page asks for, has the lines of now; a single key is as plotly has it"
+        state = super().get_state(key, drop_defaults)
+        if key is not None or self.comm is None: return state # None: the figure is being made
+        now = self.to_dict()
+        return {**state, "_widget_data": now["data"], "_widget_layout": now["layout"]}
+
 # %% ../nbs/12_live.ipynb #9a6e2f32
 class Watch:
     "A live view of a run folder; `close()` ends it, the run never notices"
@@ -203,7 +215,7 @@ class Watch:
     def _build(self):
         "The widgets, and what wakes the thread"
         clear, grid = "rgba(0,0,0,0)", dict(gridcolor="rgba(128,128,128,.2)", zeroline=False, linecolor="rgba(128,128,128,.5)")
-        self.figure = go.FigureWidget(layout=dict(
+        self.figure = Lines(layout=dict(
             autosize=True, height=340, margin=dict(l=55, r=15, t=25, b=45), hovermode="x unified", uirevision="step", showlegend=True,
             paper_bgcolor=clear, plot_bgcolor=clear, font_color="#808080",
             legend=dict(x=1, y=1, xanchor="right", yanchor="top", bgcolor=clear),
@@ -220,7 +232,7 @@ class Watch:
         self.smoothing = W.FloatSlider(0, min=0, max=.99, step=.01, description="smoothing")
         self.log = W.ToggleButton(False, description="log", layout=W.Layout(width="5em"))
         button = lambda text, icon, do: self._button(W.Button(description=text, icon=icon, layout=W.Layout(width="auto")), do)
-        self.stop, self.save = button("stop", "stop", self._stop_run), button("save", "save", lambda r: r.request("save"))
+        self.stop, self.save = button("stop", "stop", self._stop_run), button("save", "save", self._save_run)
         self.more = W.BoundedIntText(1, min=1, max=1000, layout=W.Layout(width="5em"))
         self.resume = button("resume +", "play", self._resume_run)
         self.prompt = W.Text("The ", layout=W.Layout(width="16em"))
@@ -237,8 +249,9 @@ class Watch:
     def _button(self, button, action):
         "Run `action(run)` beside everything else, and say what it said"
         def work():
-            try: self._say(action(self._run()) or f"asked for: {button.description}")
+            try: self._say(action(self._run()))
             except LLMTrainerError as e: self._say(e)
+            except Exception as e: self._say(f"{type(e).__name__}: {e}")
             finally: button.disabled = False; self._wake.set()
         def click(_):
             button.disabled = True
@@ -260,6 +273,14 @@ class Watch:
         launch.stop(run)
         return f"Stopped. Go on with: llm-trainer resume {run.id}"
 
+    def _save_run(self, run):
+        "The worker takes the request away once it has saved, and so does a run that ends"
+        run.request("save")
+        self._say("saving …")
+        while "save" in run.asked() and run.locked and not self._closed.wait(.1): pass
+        step = run.state()["checkpoint_step"]
+        return "There is no checkpoint yet." if step is None else f"The last checkpoint is of step {step:,}."
+
     def _resume_run(self, run):
         "As many epochs more as the field beside the button says"
         launch.resume(run, workspace.find(self.runs), more_epochs=self.more.value)
@@ -271,7 +292,7 @@ class Watch:
         command = [sys.executable, "-m", "llm_trainer.cli", "generate", run.id, f"--prompt={self.prompt.value}"]
         done = subprocess.run(command, cwd=self.runs.parent, capture_output=True, text=True, errors="replace", timeout=600)
         if done.returncode: return done.stderr or done.stdout
-        self.text.value = quote([dict(step="best checkpoint", prompt=self.prompt.value,
+        self.text.value = quote([dict(step=f"{run.id}, best checkpoint", prompt=self.prompt.value,
                                       text=done.stdout.removeprefix(self.prompt.value))])
         return "generated from the best checkpoint"
 

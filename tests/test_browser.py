@@ -141,6 +141,10 @@ def test_a_newcomer_watches_a_model_learn(lab, browser):
     for _ in range(9): handle.press("ArrowRight")
     page.wait_for_function("() => document.querySelector('.js-plotly-plot').data[0].opacity === 0.25")
 
+    page.locator("button.jupyter-button", has_text="save").first.click()
+    page.wait_for_selector("text=The last checkpoint is of step")
+    assert newest.state()["checkpoint_step"]
+
     press_stop(page)
     page.wait_for_selector("text=Go on with: llm-trainer resume")
     assert newest.status()["status"] == "stopped" and newest.state()["checkpoint_step"]
@@ -148,6 +152,9 @@ def test_a_newcomer_watches_a_model_learn(lab, browser):
     page.locator("button.jupyter-button", has_text="generate").first.click()
     page.wait_for_selector("text=generated from the best checkpoint")
     if path := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{path}/lab-stopped.png")
+    page.evaluate(COMMAND, "docmanager:save")
+    open_notebook(page, url, "01_first_model.ipynb")  # the page is loaded again, the kernel still holds the view
+    page.wait_for_function("n => document.querySelector('.js-plotly-plot')?._fullData[1]?._length > n", arg=seen)
     assert not errors and not foreign, (errors[:5], foreign[:5])
     page.close()
 

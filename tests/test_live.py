@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from base64 import b64decode
 from html.parser import HTMLParser
 
 import numpy as np
@@ -113,6 +114,18 @@ def test_it_survives_deletion_and_damage(runs, view):
     assert v._thread.is_alive()
 
 
+def test_a_page_loaded_again_gets_what_is_drawn(runs, view):
+    write(runs, "growing", steps=20)
+    v = view("growing", runs)
+    write(runs, "growing", steps=30, new=False, first=21)
+    v.log.value = True
+    v.look()
+    state = v.figure.get_state()
+    assert [t["name"] for t in state["_widget_data"]] == ["training, raw", "training", "validation"]
+    x = state["_widget_data"][1]["x"]
+    assert len(np.frombuffer(b64decode(x["bdata"]), x["dtype"])) == 50 and state["_widget_layout"]["yaxis"]["type"] == "log"
+
+
 def test_watching_again_replaces_the_old_view(runs, view):
     write(runs, "again")
     old = view("again", runs)
@@ -128,14 +141,71 @@ def test_stop_asks_twice(runs, view):
     assert not v._run().asked()
 
 
+def said(v, ends):
+    "What the view says, once that is to the point"
+    deadline = time.monotonic() + 120
+    while not ends(v.said.value) and time.monotonic() < deadline: time.sleep(.02)
+    return v.said.value
+
+
+def clicked(v, button, ends):
+    button.disabled = False
+    button.click()
+    return said(v, ends)
+
+
 def test_a_button_says_what_went_wrong(runs, view):
     write(runs, "bare")
     v = view("bare", runs)
-    v.resume.disabled = False
-    v.resume.click()
-    deadline = time.monotonic() + 120
-    while not v.said.value and time.monotonic() < deadline: time.sleep(.02)
-    assert "settings.ini" in v.said.value or "can't be read" in v.said.value
+    text = clicked(v, v.resume, lambda text: text)
+    assert "settings.ini" in text or "can't be read" in text
+
+
+def test_save_says_which_checkpoint_is_there(runs, view):
+    run = write(runs, "saver")
+    v = view("saver", runs)
+    assert "no checkpoint yet" in clicked(v, v.save, lambda text: "yet" in text or "True" in text)
+    state = json.loads((run.folder / "state.json").read_text())
+    (run.folder / "state.json").write_text(json.dumps({**state, "checkpoint_step": 1040}))
+    assert "step 1,040" in clicked(v, v.save, lambda text: "1,040" in text or "False" in text)
+
+
+def test_save_waits_for_the_worker(runs, view, monkeypatch):
+    run = write(runs, "slow", status="running")
+    monkeypatch.setattr(type(run), "locked", property(lambda self: True))
+    v = view("slow", runs)
+    assert "saving" in clicked(v, v.save, lambda text: text) and run.asked() == {"save"}
+    run.withdraw("save")
+    assert "checkpoint" in said(v, lambda text: "checkpoint" in text)
+
+
+def test_a_button_never_fails_in_silence(runs, view):
+    run = write(runs, "odd")
+    v = view("odd", runs)
+    shutil.rmtree(run.folder / "control")
+    assert "FileNotFoundError" in clicked(v, v.save, lambda text: text)
+
+
+def test_a_text_names_its_run(runs, view, monkeypatch):
+    import subprocess
+    write(runs, "poet")
+    v = view("poet", runs)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **kw: subprocess.CompletedProcess(a, 0, "The rose", ""))
+    clicked(v, v.generate, lambda text: "best" in text)
+    assert "poet, best checkpoint" in v.text.value and "rose" in v.text.value
+
+
+def test_epochs_are_told_in_two_decimals():
+    assert "epoch 0.46 of 1.43" in headline(dict(status="running", epoch=.4634, epochs=1.42884))
+
+
+def test_a_logarithmic_picture_has_plain_numbers(runs):
+    write(runs, "plain")
+    curves = Curves(find_run(runs, "plain"))
+    curves.poll()
+    fig = picture([curves], log=True)
+    fig.canvas.draw()
+    assert not any("10^" in t.get_text() for axis in fig.axes for t in axis.get_yticklabels(which="both"))
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

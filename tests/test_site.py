@@ -112,7 +112,20 @@ def test_every_command_and_flag_is_explained(site):
     for name, command in front.commands.items():
         assert f'id="{name}"' in text, name
         for flag in command.flags.values():
-            if not flag.hidden and not flag.note and not flag.positional: assert flag.spelling in text, f"{name} {flag.spelling}"
+            if flag.positional: assert f"<code>{flag.placeholder()}</code>" in text, f"{name} {flag.placeholder()}"
+            elif not flag.hidden and not flag.note: assert flag.spelling in text, f"{name} {flag.spelling}"
+
+
+def test_the_settings_named_at_a_command_are_its_flags(site):
+    text = (site / "commands.html").read_text(encoding="utf-8")
+    about = {re.match("[^>]*>([^<]*)", part)[1]: part for part in text.split("<h3")}
+    assert "Every setting" in about["train"] and "Every setting" not in about["resume"]
+    for flag in front.commands["resume"].flags.values(): assert not flag.note or flag.hidden or f"--{flag.name}" in about["resume"]
+    assert "--n_layer" not in about["resume"]
+
+
+def test_the_dashes_of_a_flag_stay_two(site):
+    for path in site.rglob("*.html"): assert not re.findall(r".{20}–[a-z][\w-]*", path.read_text(encoding="utf-8")), path.name
 
 
 def test_every_setting_and_profile_is_explained(site):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNIN
 from llm_trainer.runs import Run
 from llm_trainer.tui.glyphs import braille, line, to_ascii
 from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
+from llm_trainer.tui.screens.runs import epochs
 from llm_trainer.tui.series import TRAIN, Series
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.plot import Plot, columns, ticks
@@ -34,6 +36,10 @@ def empty(tmp_path): return World(tmp_path, recorded=False)
 
 
 # -- Finding and reading --
+
+def test_an_epoch_goal_of_a_resumed_run_is_told_in_two_decimals():
+    assert epochs(SimpleNamespace(epoch=.4634, epochs=1.42884)) == "0.5/1.43" and epochs(SimpleNamespace(epoch=1, epochs=2)) == "1.0/2"
+
 
 async def test_an_empty_workspace_says_what_to_type(empty):
     async with empty.app().run_test() as pilot:

@@ -37,7 +37,7 @@ def progress(row: RunRow, width: int) -> list[tuple[str, str]]:
 
 
 def epochs(row: RunRow) -> str:
-    return "–" if row.epoch is None else f"{row.epoch:.1f}/{row.epochs:g}" if row.epochs else f"{row.epoch:.1f}"
+    return "–" if row.epoch is None else f"{row.epoch:.1f}/{round(row.epochs, 2):g}" if row.epochs else f"{row.epoch:.1f}"
 
 
 COLUMNS = [
