@@ -424,7 +424,7 @@ class RunWriter:
 
     def _on_phase(self, e):
         if e.name not in ("training", "evaluating", "saving", "sampling"): self.say(e.name)
-        if e.name == "saving" and "save" in self._asked | self.signals: self.acknowledge("save")
+        if self.state["phase"] == "saving": self._tried()
         self.update(status="running", phase="stopping" if self._stopping else e.name, progress=None)
 
     def _on_progress(self, e):
@@ -460,6 +460,11 @@ class RunWriter:
     def _on_saved(self, e):
         self.say(f"step {e.step}  saved {size(e.bytes)} in {e.seconds:.1f} s")
         self.update(checkpoint_step=e.step)
+        self._tried()
+
+    def _tried(self):
+        "A request to save is done when a save is over, also one that failed: the next step would fail too"
+        if "save" in self._asked | self.signals: self.acknowledge("save")
 
     def _on_sampled(self, e):
         self._append("samples.jsonl", encode({**self._where(e), "prompt": e.prompt, "text": e.text}))

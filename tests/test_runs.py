@@ -311,10 +311,15 @@ def test_requests_are_seen_once_done_and_shown(writer):
     run = writer.run
     assert run.request("save") and not run.request("save")
     assert writer.requests() == {"save"}
-    writer.log(event("phase", name="saving"))  # seen; what comes of it is said by `saved`, or by a note
-    assert run.asked() == writer.requests() == set() and "save" in run.state()["acknowledged"]
     writer.log(event("saved", step=4, path="p", bytes=1, seconds=0.1))
-    assert run.state()["checkpoint_step"] == 4
+    assert run.asked() == set() and "save" in run.state()["acknowledged"] and run.state()["checkpoint_step"] == 4
+    run.request("save")
+    writer._looked = -1e9
+    assert writer.requests() == {"save"}
+    for event_ in (event("phase", name="saving"), event("note", message="not saved"), event("phase", name="training")):
+        assert run.asked() == {"save"}
+        writer.log(event_)
+    assert run.asked() == writer.requests() == set()
     run.request("stop")
     writer._looked = -1e9
     assert writer.requests() == {"stop"} and run.state()["phase"] == "stopping"
