@@ -16,6 +16,7 @@ from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNIN
 from llm_trainer.runs import Run
 from llm_trainer.tui.glyphs import braille, line, to_ascii
 from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
+from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.series import TRAIN, Series
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.plot import Plot, columns, ticks
@@ -288,7 +289,8 @@ async def test_resume_shows_the_plan_before_anything_happens(world):
         assert len(Run(world.space.runs / FINISHED).attempts()) == 1
 
 
-async def test_copy_puts_names_and_commands_into_the_clipboard(world):
+async def test_copy_puts_names_and_commands_into_the_clipboard(world, monkeypatch):
+    monkeypatch.delenv("TMUX", raising=False)
     async with world.app().run_test() as pilot:
         await shows(pilot, RUNNING)
         await press(pilot, "y")
@@ -401,6 +403,19 @@ async def test_damaged_files_are_shown_as_far_as_they_go(world, name):
         shutil.copytree(world.space.runs / FINISHED, world.space.runs / f"bad-{i}")
         (world.space.runs / f"bad-{i}" / name).write_bytes(content)
     async with world.app().run_test() as pilot:
+async def test_inside_tmux_a_copy_lands_in_its_buffer(world, tmp_path, monkeypatch):
+    "tmux takes no clipboard sequence from a program unless its owner told it to"
+    (tmp_path / "tmux").write_text(f'#!/bin/sh\ncase "$*" in *-w*) exit 1;; esac\necho "$@" > {tmp_path}/said; cat > {tmp_path}/buffer\n')
+    (tmp_path / "tmux").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMUX", "socket,1,0")
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "y", "enter")
+        await until(pilot, lambda: (tmp_path / "buffer").exists() and (tmp_path / "buffer").read_text() == RUNNING)
+        assert (tmp_path / "said").read_text() == "load-buffer -\n"
+
+
         await shows(pilot, f"{6 + len(DAMAGE[name])} runs")
         for i in range(len(DAMAGE[name])):
             pilot.app.open_run(f"bad-{i}")
@@ -693,3 +708,17 @@ def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded
         await settle(pilot)
     try: assert snap_compare(world.app(run), terminal_size=size, run_before=story)
     finally: world.close()
+@pytest.mark.parametrize("said, ascii_only", [({"LANG": "C"}, True), ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, True),
+                                              ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True), ({"LANG": "C.UTF-8"}, False),
+                                              ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False),
+                                              ({"LANG": "C", "LC_CTYPE": "en_US.UTF-8"}, False),
+                                              ({"LANG": "C", "LLM_TRAINER_ASCII": "0"}, False)])
+def test_a_locale_without_other_letters_asks_for_ascii(monkeypatch, said, ascii_only):
+    "Python itself makes UTF-8 of such a locale, so its own encoding doesn't tell"
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "LLM_TRAINER_ASCII"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "__stdout__", type("Out", (), {"encoding": "utf-8"}))
+    for name, value in said.items(): monkeypatch.setenv(name, value)
+    assert wants_ascii() == ascii_only
+
+

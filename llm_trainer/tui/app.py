@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -32,10 +33,21 @@ def wants_ascii() -> bool:
     if (wish := os.environ.get("LLM_TRAINER_ASCII")) is not None: return wish not in ("", "0")
     encoding = (getattr(sys.__stdout__, "encoding", None) or "utf-8").lower()
     return "utf" not in encoding or os.environ.get("TERM") == "linux"
+    every, letters, rest = (os.environ.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG"))
+    if letters in ("C.UTF-8", "C.utf8", "UTF-8") and rest in ("C", "POSIX"): letters = ""  # Python's own doing, not the user's
+    if (every or letters or rest) in ("C", "POSIX"): return True
 
 
 class WatchApp(App[None]):
     """Shows a workspace's runs. Everything is read from disk; closing it changes nothing."""
+def _to_tmux(text: str) -> None:
+    "`-w` passes it on to the outer terminal; tmux before 3.2 knows only the buffer"
+    for flags in (["-w"], []):
+        try: done = subprocess.run(["tmux", "load-buffer", *flags, "-"], input=text.encode(), capture_output=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired): return
+        if done.returncode == 0: return
+
+
 
     CSS_PATH = "watch.tcss"
     TITLE = "llm-trainer watch"
@@ -88,6 +100,11 @@ class WatchApp(App[None]):
         for node, binding, enabled, tooltip in screen.active_bindings.values():
             if not enabled or binding.system or not binding.description or binding.action in seen: continue
             if binding.action in ("command_palette", "app.command_palette") or not (binding.show or binding.tooltip): continue
+    def copy_to_clipboard(self, text: str) -> None:
+        "To the terminal's clipboard and, where tmux is between, to its buffer: it takes nothing else from a program"
+        super().copy_to_clipboard(text)
+        if os.environ.get("TMUX"): self.run_worker(lambda: _to_tmux(text), thread=True, group="clipboard")
+
             seen.add(binding.action)
             key = self.get_key_display(binding)
             yield SystemCommand(f"{binding.description}  [{key}]".replace("[", "(").replace("]", ")"),
