@@ -18,6 +18,7 @@ from llm_trainer.tui.glyphs import braille, line, to_ascii
 from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
 from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.series import TRAIN, Series
+from llm_trainer.tui.pen import terse
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.plot import Plot, columns, ticks
 from llm_trainer.tui.widgets.table import Table
@@ -89,6 +90,58 @@ async def test_numbers_move_and_only_their_line_is_painted_again(world):
 
 async def test_a_thousand_runs(empty):
     for i in range(1000):
+async def test_what_lies_behind_a_dialog_rests_and_is_up_to_date_after_it(world):
+    "A change behind a dialog repaints the dialog and all around it: on a slow line no key gets through"
+    path = world.space.runs / RUNNING / "state.json"
+    async with world.app(interval=0.01).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "question_mark")
+        await settle(pilot)
+        read, screen = [], pilot.app.screen_stack[-2]
+        poll = screen.poll
+        screen.poll = lambda: (read.append(1), poll())[1]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 1.2345}))
+        await pilot.pause(0.3)
+        assert not read and screen.rows[0].loss != 1.2345
+        await press(pilot, "escape")
+        await shows(pilot, "1.23")
+
+
+CELL = re.compile(r"\x1b\[([\d;]*)m|(\x1b\[[^m]*?[A-Za-ln-z])|(.)", re.DOTALL)
+
+
+def cells(data: str) -> list[tuple[str, object]]:
+    "Every character with the codes in force, as a terminal would show it: a blank has no foreground"
+    from rich.ansi import AnsiDecoder
+    from rich.style import Style
+    decoder, found = AnsiDecoder(), []
+    for codes, move, char in CELL.findall(data):
+        if move: found.append((move, None))
+        elif char in "\r\n": found += [(char, None)] * bool(char)
+        else:
+            style = decoder.decode_line(f"{char}x").spans
+            style = style[-1].style if style else Style()
+            found.append((char, style.bgcolor if char == " " and not (style.underline or style.reverse or style.strike) else style))
+        if not (move or char): decoder.decode_line(f"\x1b[{codes}m")
+    return found
+
+
+async def test_fewer_bytes_draw_the_same_cells(world):
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "ETA 32s", "validation")
+        for keys in ((), ("2",), ("question_mark",)):
+            await press(pilot, *keys)
+            frame = pilot.app.screen._compositor.render_update(full=True).render_segments(pilot.app.console)
+            short = terse(frame)
+            assert len(short) < 0.7 * len(frame) and cells(short) == cells(frame)
+
+
+def test_what_is_no_colour_passes_as_it_is():
+    for text in ("", "plain", "\x1b[2;1H\r\n", "\x1b]22;default\x07", "\x1b[99mwhat is that", "\x1b[38;9;1mx"): assert terse(text) == text
+    assert terse("\x1b[31ma\x1b[0m\x1b[31mb\x1b[0m\x1b[44m c\x1b[0m") == "\x1b[31mab\x1b[39;44m c\x1b[0m"
+    assert terse("\x1b[4m \x1b[0m ") == "\x1b[4m \x1b[0m "  # an underlined blank is seen
+
+
         folder = empty.space.runs / f"run-{i:04d}"
         folder.mkdir()
         (folder / "state.json").write_text(json.dumps({"status": "completed", "step": i, "steps": 1000, "created_at":
@@ -132,6 +185,14 @@ async def test_the_filter_narrows_says_so_and_goes_away(world):
 
 async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
     async with world.app().run_test() as pilot:
+async def test_keys_typed_ahead_of_a_slow_line_reach_the_filter(world):
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        for char in "/yes": pilot.app.post_message(events.Key({"/": "slash"}.get(char, char), char))
+        await until(pilot, lambda: pilot.app.screen_stack[1].query_one("#filter", Input).value == "yes")
+        assert not pilot.app.screen.is_modal
+
+
         await shows(pilot, "newest first")
         await press(pilot, "down", "s", "s", "s")
         await shows(pilot, "lowest loss first")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding
+from textual.driver import Driver
 from textual.screen import Screen
 from textual.theme import Theme
 
 from llm_trainer import workspace as workspaces
 from llm_trainer.tui.generator import Generator
 from llm_trainer.tui.glyphs import Border, line
+from llm_trainer.tui.pen import terse
 from llm_trainer.workspace import Workspace
 
 NIGHT = Theme(
@@ -68,7 +70,11 @@ def _to_tmux(text: str) -> None:
         self.generator = Generator(workspace)
         for theme in (NIGHT, PAPER): self.register_theme(theme)
         if "TEXTUAL_THEME" not in os.environ: self.theme = "night"
-        if os.environ.get("SSH_CONNECTION") and "TEXTUAL_ANIMATIONS" not in os.environ: self.animation_level = "none"
+        if "TEXTUAL_ANIMATIONS" not in os.environ: self.animation_level = "none"  # frames between frames fill a slow line
+
+    def get_driver_class(self) -> type[Driver]:
+        driver = super().get_driver_class()
+        return type("TerseDriver", (driver,), {"write": lambda self, data: driver.write(self, terse(data))})
 
     def get_line_filters(self) -> list: return [self.border, *super().get_line_filters()]
 

@@ -9,7 +9,6 @@ from typing import Any
 from textual import work
 from textual.binding import Binding
 from textual.message import Message
-from textual.screen import ModalScreen
 from textual.worker import get_current_worker
 
 from llm_trainer.errors import LLMTrainerError
@@ -39,9 +38,8 @@ class Polling:
 
     @property
     def seen(self) -> bool:
-        "Is this screen visible, alone or behind a dialog?"
-        stack = self.app.screen_stack
-        return self in stack and all(isinstance(screen, ModalScreen) for screen in stack[stack.index(self) + 1:])
+        "Is this the screen in front? One behind a dialog rests too: its every change would repaint all of both"
+        return self.app.screen_stack[-1:] == [self]
 
     @work(thread=True, exclusive=True, group="tail")
     def _follow(self) -> None:
