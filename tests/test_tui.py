@@ -3,22 +3,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from textual import events
 from textual.widgets import Input, Select
 from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
                        text_of, told, until)
 
 from llm_trainer.runs import Run
-from llm_trainer.tui.glyphs import braille, line, to_ascii
-from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
 from llm_trainer.tui.app import wants_ascii
-from llm_trainer.tui.series import TRAIN, Series
+from llm_trainer.tui.glyphs import braille, line, to_ascii
 from llm_trainer.tui.pen import terse
+from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
+from llm_trainer.tui.series import TRAIN, Series
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.plot import Plot, columns, ticks
 from llm_trainer.tui.widgets.table import Table
@@ -88,8 +90,6 @@ async def test_numbers_move_and_only_their_line_is_painted_again(world):
         assert painted and "all" not in painted and all(region.y == 1 and region.height == 1 for region in painted)
 
 
-async def test_a_thousand_runs(empty):
-    for i in range(1000):
 async def test_what_lies_behind_a_dialog_rests_and_is_up_to_date_after_it(world):
     "A change behind a dialog repaints the dialog and all around it: on a slow line no key gets through"
     path = world.space.runs / RUNNING / "state.json"
@@ -142,6 +142,8 @@ def test_what_is_no_colour_passes_as_it_is():
     assert terse("\x1b[4m \x1b[0m ") == "\x1b[4m \x1b[0m "  # an underlined blank is seen
 
 
+async def test_a_thousand_runs(empty):
+    for i in range(1000):
         folder = empty.space.runs / f"run-{i:04d}"
         folder.mkdir()
         (folder / "state.json").write_text(json.dumps({"status": "completed", "step": i, "steps": 1000, "created_at":
@@ -183,8 +185,6 @@ async def test_the_filter_narrows_says_so_and_goes_away(world):
         await shows(pilot, "6 runs", FINISHED)
 
 
-async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
-    async with world.app().run_test() as pilot:
 async def test_keys_typed_ahead_of_a_slow_line_reach_the_filter(world):
     async with world.app().run_test() as pilot:
         await shows(pilot, RUNNING)
@@ -193,6 +193,8 @@ async def test_keys_typed_ahead_of_a_slow_line_reach_the_filter(world):
         assert not pilot.app.screen.is_modal
 
 
+async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
+    async with world.app().run_test() as pilot:
         await shows(pilot, "newest first")
         await press(pilot, "down", "s", "s", "s")
         await shows(pilot, "lowest loss first")
@@ -255,6 +257,31 @@ async def test_the_parts_of_a_run(world):
         assert [row.step for row in pilot.app.screen.query_one("#checkpoints", Table).rows] == [200, 150, 100] and "2.98" in text
 
 
+async def test_log_lines_that_come_while_it_is_hidden_are_as_wide_as_the_others(world):
+    long = "step 214/347  epoch 1.23  loss 2.9091  8.42k tokens/s  32s left"
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "step 213/347")
+        await press(pilot, "4")
+        await shows(pilot, "validation loss")
+        await press(pilot, "1")
+        with open(world.space.runs / RUNNING / "train.log", "a") as file: file.write(f"2026-05-28 20:30:00 {long}\n")
+        await until(pilot, lambda: any(long in text.plain for text in pilot.app.screen.query_one("#log").texts))
+        await press(pilot, "4")
+        await shows(pilot, f"20:30:00 {long}")
+        await pilot.resize_terminal(60, 24)
+        await shows(pilot, "20:30:00 step 214/347", "left")
+        await pilot.resize_terminal(100, 24)
+        await shows(pilot, f"20:30:00 {long}")
+
+
+async def test_a_run_without_samples_says_when_one_comes(world):
+    (world.space.runs / RUNNING / "samples.jsonl").unlink()
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "step 213/347")
+        await press(pilot, "3")
+        await shows(pilot, "No sample yet; one is written every")
+
+
 async def test_zoom_pan_scale_unit_and_smoothing(world):
     async with world.app(RUNNING).run_test(size=(100, 30)) as pilot:
         await shows(pilot, "steps", "train")
@@ -265,7 +292,7 @@ async def test_zoom_pan_scale_unit_and_smoothing(world):
         await press(pilot, "0")
         await until(pilot, lambda: (plot._x_min, plot._x_max) == whole)
         await press(pilot, "a")
-        await shows(pilot, "tokens")
+        assert "tokenss" not in await shows(pilot, "tokens")
         await press(pilot, "a")
         await shows(pilot, "time")
         await press(pilot, "l")
@@ -305,6 +332,19 @@ async def test_comparing_needs_two_runs(world):
         await shows(pilot, RUNNING)
         await press(pilot, "space", "c")
         await shows(pilot, "1 marked")
+        await told(pilot, "Mark two runs or more")
+
+
+async def test_the_titles_of_the_figures_stand_over_them_however_short_the_names(world):
+    for old, new in ((RUNNING, "a"), (FINISHED, "b")): shutil.copytree(world.space.runs / old, world.space.runs / new)
+    async with world.app().run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "8 runs")
+        await press(pilot, "slash", *"python-docs", "enter")
+        pilot.app.screen.table.marked |= {"a", "b"}
+        await press(pilot, "c")
+        rows = (await shows(pilot, "final figures", "B b")).splitlines()
+        head, first = (next(row for row in rows if row.startswith(part)) for part in ("   final figures", " A a"))
+        assert "time" in head and len(head.rstrip()) == len(first.rstrip())
 
 
 # -- Acting --
@@ -327,6 +367,7 @@ async def test_what_makes_no_sense_is_greyed_out_and_does_nothing(world):
         await shows(pilot, RUNNING)
         await press(pilot, "down", "x")
         assert not pilot.app.screen.is_modal
+        await told(pilot, f"{FINISHED} is completed; there is nothing to stop.")
         on = {label: enabled for _, label, _, enabled in pilot.app.screen.query_one(KeyBar).entries()}
         assert on["Resume"] and on["Generate"] and not on["Stop"] and not on["Save"] and not on["Compare"]
 
@@ -360,6 +401,19 @@ async def test_copy_puts_names_and_commands_into_the_clipboard(world, monkeypatc
         assert pilot.app.clipboard == RUNNING
         await press(pilot, "y", "down", "down", "enter")
         assert pilot.app.clipboard == f"llm-trainer status {RUNNING}"
+
+
+async def test_inside_tmux_a_copy_lands_in_its_buffer(world, tmp_path, monkeypatch):
+    "tmux takes no clipboard sequence from a program unless its owner told it to"
+    (tmp_path / "tmux").write_text(f'#!/bin/sh\ncase "$*" in *-w*) exit 1;; esac\necho "$@" > {tmp_path}/said; cat > {tmp_path}/buffer\n')
+    (tmp_path / "tmux").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMUX", "socket,1,0")
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "y", "enter")
+        await until(pilot, lambda: (tmp_path / "buffer").exists() and (tmp_path / "buffer").read_text() == RUNNING)
+        assert (tmp_path / "said").read_text() == "load-buffer -\n"
 
 
 async def test_the_form_knows_the_bounds_and_names_the_field(world):
@@ -464,19 +518,6 @@ async def test_damaged_files_are_shown_as_far_as_they_go(world, name):
         shutil.copytree(world.space.runs / FINISHED, world.space.runs / f"bad-{i}")
         (world.space.runs / f"bad-{i}" / name).write_bytes(content)
     async with world.app().run_test() as pilot:
-async def test_inside_tmux_a_copy_lands_in_its_buffer(world, tmp_path, monkeypatch):
-    "tmux takes no clipboard sequence from a program unless its owner told it to"
-    (tmp_path / "tmux").write_text(f'#!/bin/sh\ncase "$*" in *-w*) exit 1;; esac\necho "$@" > {tmp_path}/said; cat > {tmp_path}/buffer\n')
-    (tmp_path / "tmux").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("TMUX", "socket,1,0")
-    async with world.app().run_test() as pilot:
-        await shows(pilot, RUNNING)
-        await press(pilot, "y", "enter")
-        await until(pilot, lambda: (tmp_path / "buffer").exists() and (tmp_path / "buffer").read_text() == RUNNING)
-        assert (tmp_path / "said").read_text() == "load-buffer -\n"
-
-
         await shows(pilot, f"{6 + len(DAMAGE[name])} runs")
         for i in range(len(DAMAGE[name])):
             pilot.app.open_run(f"bad-{i}")
@@ -714,6 +755,20 @@ async def test_no_color_and_ascii_show_the_same(world, monkeypatch):
         assert all(max(color) - min(color) <= 1 for color in colors)
 
 
+@pytest.mark.parametrize("said, ascii_only", [({"LANG": "C"}, True), ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, True),
+                                              ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True), ({"LANG": "C.UTF-8"}, False),
+                                              ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False),
+                                              ({"LANG": "C", "LC_CTYPE": "en_US.UTF-8"}, False),
+                                              ({"LANG": "C", "LLM_TRAINER_ASCII": "0"}, False)])
+def test_a_locale_without_other_letters_asks_for_ascii(monkeypatch, said, ascii_only):
+    "Python itself makes UTF-8 of such a locale, so its own encoding doesn't tell"
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "LLM_TRAINER_ASCII"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "__stdout__", type("Out", (), {"encoding": "utf-8"}))
+    for name, value in said.items(): monkeypatch.setenv(name, value)
+    assert wants_ascii() == ascii_only
+
+
 def test_ascii_is_as_wide_as_what_it_stands_for():
     from rich.cells import cell_len
     for text in ("● training ━━━╸──", "⠑⠢⠤⢄⣀", "日本語", "★ ✓ ✗ ▸ ◆", "┤└┴┼"):
@@ -769,17 +824,3 @@ def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded
         await settle(pilot)
     try: assert snap_compare(world.app(run), terminal_size=size, run_before=story)
     finally: world.close()
-@pytest.mark.parametrize("said, ascii_only", [({"LANG": "C"}, True), ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, True),
-                                              ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True), ({"LANG": "C.UTF-8"}, False),
-                                              ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False),
-                                              ({"LANG": "C", "LC_CTYPE": "en_US.UTF-8"}, False),
-                                              ({"LANG": "C", "LLM_TRAINER_ASCII": "0"}, False)])
-def test_a_locale_without_other_letters_asks_for_ascii(monkeypatch, said, ascii_only):
-    "Python itself makes UTF-8 of such a locale, so its own encoding doesn't tell"
-    for name in ("LC_ALL", "LC_CTYPE", "LANG", "LLM_TRAINER_ASCII"): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "__stdout__", type("Out", (), {"encoding": "utf-8"}))
-    for name, value in said.items(): monkeypatch.setenv(name, value)
-    assert wants_ascii() == ascii_only
-
-

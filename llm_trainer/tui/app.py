@@ -33,15 +33,13 @@ PAPER = Theme(
 def wants_ascii() -> bool:
     "True where the terminal can't show more: asked for, another encoding than UTF-8, or the plain Linux console"
     if (wish := os.environ.get("LLM_TRAINER_ASCII")) is not None: return wish not in ("", "0")
-    encoding = (getattr(sys.__stdout__, "encoding", None) or "utf-8").lower()
-    return "utf" not in encoding or os.environ.get("TERM") == "linux"
     every, letters, rest = (os.environ.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG"))
     if letters in ("C.UTF-8", "C.utf8", "UTF-8") and rest in ("C", "POSIX"): letters = ""  # Python's own doing, not the user's
     if (every or letters or rest) in ("C", "POSIX"): return True
+    encoding = (getattr(sys.__stdout__, "encoding", None) or "utf-8").lower()
+    return "utf" not in encoding or os.environ.get("TERM") == "linux"
 
 
-class WatchApp(App[None]):
-    """Shows a workspace's runs. Everything is read from disk; closing it changes nothing."""
 def _to_tmux(text: str) -> None:
     "`-w` passes it on to the outer terminal; tmux before 3.2 knows only the buffer"
     for flags in (["-w"], []):
@@ -50,6 +48,8 @@ def _to_tmux(text: str) -> None:
         if done.returncode == 0: return
 
 
+class WatchApp(App[None]):
+    """Shows a workspace's runs. Everything is read from disk; closing it changes nothing."""
 
     CSS_PATH = "watch.tcss"
     TITLE = "llm-trainer watch"
@@ -100,17 +100,17 @@ def _to_tmux(text: str) -> None:
         options["title"] = line(options.get("title", ""), 60)
         super().notify(line(message, 300), **options)
 
+    def copy_to_clipboard(self, text: str) -> None:
+        "To the terminal's clipboard and, where tmux is between, to its buffer: it takes nothing else from a program"
+        super().copy_to_clipboard(text)
+        if os.environ.get("TMUX"): self.run_worker(lambda: _to_tmux(text), thread=True, group="clipboard")
+
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         "Every key of the screen under the palette, then the themes and the picture"
         seen = set()
         for node, binding, enabled, tooltip in screen.active_bindings.values():
             if not enabled or binding.system or not binding.description or binding.action in seen: continue
             if binding.action in ("command_palette", "app.command_palette") or not (binding.show or binding.tooltip): continue
-    def copy_to_clipboard(self, text: str) -> None:
-        "To the terminal's clipboard and, where tmux is between, to its buffer: it takes nothing else from a program"
-        super().copy_to_clipboard(text)
-        if os.environ.get("TMUX"): self.run_worker(lambda: _to_tmux(text), thread=True, group="clipboard")
-
             seen.add(binding.action)
             key = self.get_key_display(binding)
             yield SystemCommand(f"{binding.description}  [{key}]".replace("[", "(").replace("]", ")"),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from textual import work
+from textual import events, work
 from textual.binding import Binding
 from textual.message import Message
 from textual.worker import get_current_worker
@@ -87,6 +87,21 @@ class RunActions:
         if action == "resume": return (not row.live and row.status != "unreadable") or None
         if action == "generate": return row.checkpoint is not None or None
         return True
+
+    def why_not(self, action: str) -> str:
+        "What to do before a greyed key does something"
+        row = self.target
+        if row is None: return "There is no run to do that with."
+        return {"stop": f"{row.id} is {row.word}; there is nothing to stop.",
+                "save": f"{row.id} is {row.word}; only a run that trains can save.",
+                "resume": f"{row.id} is {row.word}; x stops it." if row.live else f"{row.id} can't be read.",
+                "generate": f"{row.id} has no checkpoint yet." + (" w saves one." if row.live else "")}.get(action, "")
+
+    def on_key(self, event: events.Key) -> None:
+        "A greyed key says why it is grey"
+        found = self.active_bindings.get(event.key)
+        if found is None or found.enabled: return
+        if text := self.why_not(found.binding.action): self.app.notify(text, severity="warning", timeout=5)
 
     def _run(self, run_id: str) -> Any:
         from llm_trainer.runs import find_run

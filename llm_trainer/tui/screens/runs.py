@@ -166,6 +166,10 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         if action in ("open", "mark"): return True if self.table.rows else None
         return self.run_action_allowed(action)
 
+    def why_not(self, action: str) -> str:
+        if action == "compare": return "Mark two runs or more with the space bar; c then compares them."
+        return super().why_not(action)
+
     def action_open(self) -> None:
         if self.target: self.app.open_run(self.target.id)
 
