@@ -193,6 +193,17 @@ async def test_keys_typed_ahead_of_a_slow_line_reach_the_filter(world):
         assert not pilot.app.screen.is_modal
 
 
+async def test_keys_typed_ahead_of_a_slow_line_reach_their_field(empty):
+    async with empty.app().run_test() as pilot:
+        await shows(pilot, "No run yet")
+        await press(pilot, "n")
+        await shows(pilot, "[model]")
+        pilot.app.screen.set_focus(pilot.app.screen.query_one("#run-name"))
+        for key in ("a", "b", "tab", "c", "d", "tab", "e", "f"): pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await until(pilot, lambda: [pilot.app.screen.query_one(f"#{name}", Input).value for name in ("run-name", "note", "find")]
+                    == ["ab", "cd", "ef"])
+
+
 async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
     async with world.app().run_test() as pilot:
         await shows(pilot, "newest first")

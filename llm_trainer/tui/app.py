@@ -60,7 +60,9 @@ class WatchApp(App[None]):
         Binding("ctrl+p", "command_palette", "All", key_display="^p", tooltip="Every action, by name", priority=True),
         Binding("q", "quit", "Quit (training goes on)", tooltip="Close the watcher; no run stops"),
         Binding("ctrl+q", "quit", "Quit (training goes on)", key_display="^q", tooltip="Close the watcher; no run stops",
-                priority=True)]
+                priority=True),
+        # before the key that follows: over a slow line both come at once, and that one would go to the old field
+        Binding("tab", "focus_next", show=False, priority=True), Binding("shift+tab", "focus_previous", show=False, priority=True)]
 
     def __init__(self, workspace: Workspace, run: str | None = None, *, clock: Callable[[], float] = time.time,
                  interval: float = 0.5, ascii_only: bool | None = None):

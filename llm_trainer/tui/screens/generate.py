@@ -35,7 +35,7 @@ class GenerateScreen(Screen[None]):
         Binding("ctrl+g", "write", "Generate", key_display="^g", tooltip="Continue the prompt", priority=True),
         Binding("ctrl+t", "go_on", "Go on", key_display="^t", tooltip="Continue prompt and text", priority=True),
         Binding("ctrl+y", "copy_text", "Copy text", key_display="^y", tooltip="Copy prompt and text", priority=True),
-        Binding("tab", "app.focus_next", "Knobs", tooltip="To the next field")]
+        Binding("tab", "app.focus_next", "Knobs", tooltip="To the next field", priority=True)]
     AUTO_FOCUS = "#prompt"
 
     def __init__(self, run_id: str):
