@@ -786,6 +786,25 @@ def test_ascii_is_as_wide_as_what_it_stands_for():
         assert to_ascii(text).isascii() and len(to_ascii(text)) == cell_len(text)
 
 
+# -- Writing --
+
+async def test_a_checkpoint_that_a_run_replaces_while_it_is_loaded_is_no_error(world):
+    asked = []
+
+    async def ask(folder, wish):
+        asked.append(folder.name)
+        if len(asked) == 1: shutil.rmtree(folder); yield {"error": f"{folder} does not exist"}
+        else: yield {"text": "a"}; yield {"tokens": 1, "seconds": 1, "finish": "length"}
+    async with world.app(RUNNING).run_test() as pilot:
+        await shows(pilot, "step 213/347")
+        await press(pilot, "g")
+        pilot.app.generator.ask = ask
+        pilot.app.screen.query_one("#knob-checkpoint", Input).value = "latest"
+        await press(pilot, "ctrl+g")
+        await shows(pilot, "1 tokens in", "step-00000150")
+        assert asked == ["step-00000200", "step-00000150"]
+
+
 # -- Pictures --
 
 WRITTEN = ("class is a new object with the name of the given module. If the default is not given, the value is returned "
