@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from textual import events
 from textual.widgets import Input, Select
 from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
                        text_of, told, until)
 
 from llm_trainer.runs import Run
+from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.glyphs import braille, line, to_ascii
+from llm_trainer.tui.pen import terse
 from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
 from llm_trainer.tui.screens.runs import epochs
 from llm_trainer.tui.series import TRAIN, Series
@@ -92,6 +96,58 @@ async def test_numbers_move_and_only_their_line_is_painted_again(world):
         assert painted and "all" not in painted and all(region.y == 1 and region.height == 1 for region in painted)
 
 
+async def test_what_lies_behind_a_dialog_rests_and_is_up_to_date_after_it(world):
+    "A change behind a dialog repaints the dialog and all around it: on a slow line no key gets through"
+    path = world.space.runs / RUNNING / "state.json"
+    async with world.app(interval=0.01).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "question_mark")
+        await settle(pilot)
+        read, screen = [], pilot.app.screen_stack[-2]
+        poll = screen.poll
+        screen.poll = lambda: (read.append(1), poll())[1]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 1.2345}))
+        await pilot.pause(0.3)
+        assert not read and screen.rows[0].loss != 1.2345
+        await press(pilot, "escape")
+        await shows(pilot, "1.23")
+
+
+CELL = re.compile(r"\x1b\[([\d;]*)m|(\x1b\[[^m]*?[A-Za-ln-z])|(.)", re.DOTALL)
+
+
+def cells(data: str) -> list[tuple[str, object]]:
+    "Every character with the codes in force, as a terminal would show it: a blank has no foreground"
+    from rich.ansi import AnsiDecoder
+    from rich.style import Style
+    decoder, found = AnsiDecoder(), []
+    for codes, move, char in CELL.findall(data):
+        if move: found.append((move, None))
+        elif char in "\r\n": found += [(char, None)] * bool(char)
+        else:
+            style = decoder.decode_line(f"{char}x").spans
+            style = style[-1].style if style else Style()
+            found.append((char, style.bgcolor if char == " " and not (style.underline or style.reverse or style.strike) else style))
+        if not (move or char): decoder.decode_line(f"\x1b[{codes}m")
+    return found
+
+
+async def test_fewer_bytes_draw_the_same_cells(world):
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "ETA 32s", "validation")
+        for keys in ((), ("2",), ("question_mark",)):
+            await press(pilot, *keys)
+            frame = pilot.app.screen._compositor.render_update(full=True).render_segments(pilot.app.console)
+            short = terse(frame)
+            assert len(short) < 0.7 * len(frame) and cells(short) == cells(frame)
+
+
+def test_what_is_no_colour_passes_as_it_is():
+    for text in ("", "plain", "\x1b[2;1H\r\n", "\x1b]22;default\x07", "\x1b[99mwhat is that", "\x1b[38;9;1mx"): assert terse(text) == text
+    assert terse("\x1b[31ma\x1b[0m\x1b[31mb\x1b[0m\x1b[44m c\x1b[0m") == "\x1b[31mab\x1b[39;44m c\x1b[0m"
+    assert terse("\x1b[4m \x1b[0m ") == "\x1b[4m \x1b[0m "  # an underlined blank is seen
+
+
 async def test_a_thousand_runs(empty):
     for i in range(1000):
         folder = empty.space.runs / f"run-{i:04d}"
@@ -133,6 +189,25 @@ async def test_the_filter_narrows_says_so_and_goes_away(world):
         await shows(pilot, "No run matches", "Escape clears the filter")
         await press(pilot, "escape")
         await shows(pilot, "6 runs", FINISHED)
+
+
+async def test_keys_typed_ahead_of_a_slow_line_reach_the_filter(world):
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        for char in "/yes": pilot.app.post_message(events.Key({"/": "slash"}.get(char, char), char))
+        await until(pilot, lambda: pilot.app.screen_stack[1].query_one("#filter", Input).value == "yes")
+        assert not pilot.app.screen.is_modal
+
+
+async def test_keys_typed_ahead_of_a_slow_line_reach_their_field(empty):
+    async with empty.app().run_test() as pilot:
+        await shows(pilot, "No run yet")
+        await press(pilot, "n")
+        await shows(pilot, "[model]")
+        pilot.app.screen.set_focus(pilot.app.screen.query_one("#run-name"))
+        for key in ("a", "b", "tab", "c", "d", "tab", "e", "f"): pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await until(pilot, lambda: [pilot.app.screen.query_one(f"#{name}", Input).value for name in ("run-name", "note", "find")]
+                    == ["ab", "cd", "ef"])
 
 
 async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
@@ -199,6 +274,31 @@ async def test_the_parts_of_a_run(world):
         assert [row.step for row in pilot.app.screen.query_one("#checkpoints", Table).rows] == [200, 150, 100] and "2.98" in text
 
 
+async def test_log_lines_that_come_while_it_is_hidden_are_as_wide_as_the_others(world):
+    long = "step 214/347  epoch 1.23  loss 2.9091  8.42k tokens/s  32s left"
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "step 213/347")
+        await press(pilot, "4")
+        await shows(pilot, "validation loss")
+        await press(pilot, "1")
+        with open(world.space.runs / RUNNING / "train.log", "a") as file: file.write(f"2026-05-28 20:30:00 {long}\n")
+        await until(pilot, lambda: any(long in text.plain for text in pilot.app.screen.query_one("#log").texts))
+        await press(pilot, "4")
+        await shows(pilot, f"20:30:00 {long}")
+        await pilot.resize_terminal(60, 24)
+        await shows(pilot, "20:30:00 step 214/347", "left")
+        await pilot.resize_terminal(100, 24)
+        await shows(pilot, f"20:30:00 {long}")
+
+
+async def test_a_run_without_samples_says_when_one_comes(world):
+    (world.space.runs / RUNNING / "samples.jsonl").unlink()
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "step 213/347")
+        await press(pilot, "3")
+        await shows(pilot, "No sample yet; one is written every")
+
+
 async def test_zoom_pan_scale_unit_and_smoothing(world):
     async with world.app(RUNNING).run_test(size=(100, 30)) as pilot:
         await shows(pilot, "steps", "train")
@@ -209,7 +309,7 @@ async def test_zoom_pan_scale_unit_and_smoothing(world):
         await press(pilot, "0")
         await until(pilot, lambda: (plot._x_min, plot._x_max) == whole)
         await press(pilot, "a")
-        await shows(pilot, "tokens")
+        assert "tokenss" not in await shows(pilot, "tokens")
         await press(pilot, "a")
         await shows(pilot, "time")
         await press(pilot, "l")
@@ -249,6 +349,19 @@ async def test_comparing_needs_two_runs(world):
         await shows(pilot, RUNNING)
         await press(pilot, "space", "c")
         await shows(pilot, "1 marked")
+        await told(pilot, "Mark two runs or more")
+
+
+async def test_the_titles_of_the_figures_stand_over_them_however_short_the_names(world):
+    for old, new in ((RUNNING, "a"), (FINISHED, "b")): shutil.copytree(world.space.runs / old, world.space.runs / new)
+    async with world.app().run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "8 runs")
+        await press(pilot, "slash", *"python-docs", "enter")
+        pilot.app.screen.table.marked |= {"a", "b"}
+        await press(pilot, "c")
+        rows = (await shows(pilot, "final figures", "B b")).splitlines()
+        head, first = (next(row for row in rows if row.startswith(part)) for part in ("   final figures", " A a"))
+        assert "time" in head and len(head.rstrip()) == len(first.rstrip())
 
 
 # -- Acting --
@@ -271,6 +384,7 @@ async def test_what_makes_no_sense_is_greyed_out_and_does_nothing(world):
         await shows(pilot, RUNNING)
         await press(pilot, "down", "x")
         assert not pilot.app.screen.is_modal
+        await told(pilot, f"{FINISHED} is completed; there is nothing to stop.")
         on = {label: enabled for _, label, _, enabled in pilot.app.screen.query_one(KeyBar).entries()}
         assert on["Resume"] and on["Generate"] and not on["Stop"] and not on["Save"] and not on["Compare"]
 
@@ -294,7 +408,8 @@ async def test_resume_shows_the_plan_before_anything_happens(world):
         assert len(Run(world.space.runs / FINISHED).attempts()) == 1
 
 
-async def test_copy_puts_names_and_commands_into_the_clipboard(world):
+async def test_copy_puts_names_and_commands_into_the_clipboard(world, monkeypatch):
+    monkeypatch.delenv("TMUX", raising=False)
     async with world.app().run_test() as pilot:
         await shows(pilot, RUNNING)
         await press(pilot, "y")
@@ -303,6 +418,19 @@ async def test_copy_puts_names_and_commands_into_the_clipboard(world):
         assert pilot.app.clipboard == RUNNING
         await press(pilot, "y", "down", "down", "enter")
         assert pilot.app.clipboard == f"llm-trainer status {RUNNING}"
+
+
+async def test_inside_tmux_a_copy_lands_in_its_buffer(world, tmp_path, monkeypatch):
+    "tmux takes no clipboard sequence from a program unless its owner told it to"
+    (tmp_path / "tmux").write_text(f'#!/bin/sh\ncase "$*" in *-w*) exit 1;; esac\necho "$@" > {tmp_path}/said; cat > {tmp_path}/buffer\n')
+    (tmp_path / "tmux").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMUX", "socket,1,0")
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "y", "enter")
+        await until(pilot, lambda: (tmp_path / "buffer").exists() and (tmp_path / "buffer").read_text() == RUNNING)
+        assert (tmp_path / "said").read_text() == "load-buffer -\n"
 
 
 async def test_the_form_knows_the_bounds_and_names_the_field(world):
@@ -644,10 +772,43 @@ async def test_no_color_and_ascii_show_the_same(world, monkeypatch):
         assert all(max(color) - min(color) <= 1 for color in colors)
 
 
+@pytest.mark.parametrize("said, ascii_only", [({"LANG": "C"}, True), ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, True),
+                                              ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True), ({"LANG": "C.UTF-8"}, False),
+                                              ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False),
+                                              ({"LANG": "C", "LC_CTYPE": "en_US.UTF-8"}, False),
+                                              ({"LANG": "C", "LLM_TRAINER_ASCII": "0"}, False)])
+def test_a_locale_without_other_letters_asks_for_ascii(monkeypatch, said, ascii_only):
+    "Python itself makes UTF-8 of such a locale, so its own encoding doesn't tell"
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "LLM_TRAINER_ASCII"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "__stdout__", type("Out", (), {"encoding": "utf-8"}))
+    for name, value in said.items(): monkeypatch.setenv(name, value)
+    assert wants_ascii() == ascii_only
+
+
 def test_ascii_is_as_wide_as_what_it_stands_for():
     from rich.cells import cell_len
     for text in ("● training ━━━╸──", "⠑⠢⠤⢄⣀", "日本語", "★ ✓ ✗ ▸ ◆", "┤└┴┼"):
         assert to_ascii(text).isascii() and len(to_ascii(text)) == cell_len(text)
+
+
+# -- Writing --
+
+async def test_a_checkpoint_that_a_run_replaces_while_it_is_loaded_is_no_error(world):
+    asked = []
+
+    async def ask(folder, wish):
+        asked.append(folder.name)
+        if len(asked) == 1: shutil.rmtree(folder); yield {"error": f"{folder} does not exist"}
+        else: yield {"text": "a"}; yield {"tokens": 1, "seconds": 1, "finish": "length"}
+    async with world.app(RUNNING).run_test() as pilot:
+        await shows(pilot, "step 213/347")
+        await press(pilot, "g")
+        pilot.app.generator.ask = ask
+        pilot.app.screen.query_one("#knob-checkpoint", Input).value = "latest"
+        await press(pilot, "ctrl+g")
+        await shows(pilot, "1 tokens in", "step-00000150")
+        assert asked == ["step-00000200", "step-00000150"]
 
 
 # -- Pictures --

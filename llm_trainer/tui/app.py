@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -9,12 +10,14 @@ from pathlib import Path
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding
+from textual.driver import Driver
 from textual.screen import Screen
 from textual.theme import Theme
 
 from llm_trainer import workspace as workspaces
 from llm_trainer.tui.generator import Generator
 from llm_trainer.tui.glyphs import Border, line
+from llm_trainer.tui.pen import terse
 from llm_trainer.workspace import Workspace
 
 NIGHT = Theme(
@@ -30,8 +33,19 @@ PAPER = Theme(
 def wants_ascii() -> bool:
     "True where the terminal can't show more: asked for, another encoding than UTF-8, or the plain Linux console"
     if (wish := os.environ.get("LLM_TRAINER_ASCII")) is not None: return wish not in ("", "0")
+    every, letters, rest = (os.environ.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG"))
+    if letters in ("C.UTF-8", "C.utf8", "UTF-8") and rest in ("C", "POSIX"): letters = ""  # Python's own doing, not the user's
+    if (every or letters or rest) in ("C", "POSIX"): return True
     encoding = (getattr(sys.__stdout__, "encoding", None) or "utf-8").lower()
     return "utf" not in encoding or os.environ.get("TERM") == "linux"
+
+
+def _to_tmux(text: str) -> None:
+    "`-w` passes it on to the outer terminal; tmux before 3.2 knows only the buffer"
+    for flags in (["-w"], []):
+        try: done = subprocess.run(["tmux", "load-buffer", *flags, "-"], input=text.encode(), capture_output=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired): return
+        if done.returncode == 0: return
 
 
 class WatchApp(App[None]):
@@ -46,7 +60,9 @@ class WatchApp(App[None]):
         Binding("ctrl+p", "command_palette", "All", key_display="^p", tooltip="Every action, by name", priority=True),
         Binding("q", "quit", "Quit (training goes on)", tooltip="Close the watcher; no run stops"),
         Binding("ctrl+q", "quit", "Quit (training goes on)", key_display="^q", tooltip="Close the watcher; no run stops",
-                priority=True)]
+                priority=True),
+        # before the key that follows: over a slow line both come at once, and that one would go to the old field
+        Binding("tab", "focus_next", show=False, priority=True), Binding("shift+tab", "focus_previous", show=False, priority=True)]
 
     def __init__(self, workspace: Workspace, run: str | None = None, *, clock: Callable[[], float] = time.time,
                  interval: float = 0.5, ascii_only: bool | None = None):
@@ -56,7 +72,11 @@ class WatchApp(App[None]):
         self.generator = Generator(workspace)
         for theme in (NIGHT, PAPER): self.register_theme(theme)
         if "TEXTUAL_THEME" not in os.environ: self.theme = "night"
-        if os.environ.get("SSH_CONNECTION") and "TEXTUAL_ANIMATIONS" not in os.environ: self.animation_level = "none"
+        if "TEXTUAL_ANIMATIONS" not in os.environ: self.animation_level = "none"  # frames between frames fill a slow line
+
+    def get_driver_class(self) -> type[Driver]:
+        driver = super().get_driver_class()
+        return type("TerseDriver", (driver,), {"write": lambda self, data: driver.write(self, terse(data))})
 
     def get_line_filters(self) -> list: return [self.border, *super().get_line_filters()]
 
@@ -81,6 +101,11 @@ class WatchApp(App[None]):
         options.setdefault("markup", False)
         options["title"] = line(options.get("title", ""), 60)
         super().notify(line(message, 300), **options)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        "To the terminal's clipboard and, where tmux is between, to its buffer: it takes nothing else from a program"
+        super().copy_to_clipboard(text)
+        if os.environ.get("TMUX"): self.run_worker(lambda: _to_tmux(text), thread=True, group="clipboard")
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         "Every key of the screen under the palette, then the themes and the picture"

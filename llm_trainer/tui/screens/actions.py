@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from textual import work
+from textual import events, work
 from textual.binding import Binding
 from textual.message import Message
-from textual.screen import ModalScreen
 from textual.worker import get_current_worker
 
 from llm_trainer.errors import LLMTrainerError
@@ -39,9 +38,8 @@ class Polling:
 
     @property
     def seen(self) -> bool:
-        "Is this screen visible, alone or behind a dialog?"
-        stack = self.app.screen_stack
-        return self in stack and all(isinstance(screen, ModalScreen) for screen in stack[stack.index(self) + 1:])
+        "Is this the screen in front? One behind a dialog rests too: its every change would repaint all of both"
+        return self.app.screen_stack[-1:] == [self]
 
     @work(thread=True, exclusive=True, group="tail")
     def _follow(self) -> None:
@@ -89,6 +87,21 @@ class RunActions:
         if action == "resume": return (not row.live and row.status != "unreadable") or None
         if action == "generate": return row.checkpoint is not None or None
         return True
+
+    def why_not(self, action: str) -> str:
+        "What to do before a greyed key does something"
+        row = self.target
+        if row is None: return "There is no run to do that with."
+        return {"stop": f"{row.id} is {row.word}; there is nothing to stop.",
+                "save": f"{row.id} is {row.word}; only a run that trains can save.",
+                "resume": f"{row.id} is {row.word}; x stops it." if row.live else f"{row.id} can't be read.",
+                "generate": f"{row.id} has no checkpoint yet." + (" w saves one." if row.live else "")}.get(action, "")
+
+    def on_key(self, event: events.Key) -> None:
+        "A greyed key says why it is grey"
+        found = self.active_bindings.get(event.key)
+        if found is None or found.enabled: return
+        if text := self.why_not(found.binding.action): self.app.notify(text, severity="warning", timeout=5)
 
     def _run(self, run_id: str) -> Any:
         from llm_trainer.runs import find_run

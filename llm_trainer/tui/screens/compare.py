@@ -97,7 +97,7 @@ class CompareScreen(Polling, Screen[None]):
         width = min(28, max(len(row.id) for row in self.rows))
         shown = dict(FIGURES)
         while len(shown) > 3 and width + 17 + sum(size for size, _ in shown.values()) > self.size.width - 3: shown.popitem()
-        head = f"  {'final figures':<{width}}{'':<15}" + "".join(f"{title:>{size}}" for title, (size, _) in shown.items())
+        head = f"  {'final figures':<{width + 15}}" + "".join(f"{title:>{size}}" for title, (size, _) in shown.items())
         text = [Content.styled(head, "$foreground 60%")]
         for i, (row, (_, curves)) in enumerate(zip(self.rows, self.followed)):
             cells = "".join(f"{show(row, curves):>{size}}" for size, show in shown.values())

@@ -28,7 +28,7 @@ class AskScreen(ModalScreen[str]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as box:
-            box.border_title = Content(line(self.heading, 60))
+            box.border_title, box.border_subtitle = Content(line(self.heading, 60)), "←→ choose, enter answers, esc goes back"
             yield Static(Content(self.text))
             with Horizontal(classes="buttons"):
                 for key, label in self.answers.items(): yield Button(label, id=f"answer-{key}", compact=True)

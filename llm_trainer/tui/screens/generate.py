@@ -35,7 +35,7 @@ class GenerateScreen(Screen[None]):
         Binding("ctrl+g", "write", "Generate", key_display="^g", tooltip="Continue the prompt", priority=True),
         Binding("ctrl+t", "go_on", "Go on", key_display="^t", tooltip="Continue prompt and text", priority=True),
         Binding("ctrl+y", "copy_text", "Copy text", key_display="^y", tooltip="Copy prompt and text", priority=True),
-        Binding("tab", "app.focus_next", "Knobs", tooltip="To the next field")]
+        Binding("tab", "app.focus_next", "Knobs", tooltip="To the next field", priority=True)]
     AUTO_FOCUS = "#prompt"
 
     def __init__(self, run_id: str):
@@ -104,11 +104,15 @@ class GenerateScreen(Screen[None]):
         generator, which, notes = self.app.generator, wish.pop("checkpoint", "best"), []
         store = Checkpoints(self.app.workspace.checkpoints / self.run_id, self.run_id, notify=notes.append)
         try:
-            self._say("checking the checkpoint …")
-            folder = await asyncio.to_thread(store.select, which)
-            warm = generator.alive and generator.folder == folder
-            self._say(f"writing from {folder.name} …" if warm else f"loading the model of {folder.name} …")
-            async for answer in generator.ask(folder, wish): self._answer(answer, folder.name, notes)
+            for last in (False, False, True):
+                self._say("checking the checkpoint …")
+                folder = await asyncio.to_thread(store.select, which)
+                warm = generator.alive and generator.folder == folder
+                self._say(f"writing from {folder.name} …" if warm else f"loading the model of {folder.name} …")
+                async for answer in generator.ask(folder, wish):
+                    if "error" in answer and not last and not folder.is_dir(): break  # a run that trains has replaced it
+                    self._answer(answer, folder.name, notes)
+                else: break
         except (LLMTrainerError, OSError) as problem: self._say(str(problem), "error")
         finally:
             self.busy = False

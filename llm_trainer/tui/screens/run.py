@@ -12,7 +12,7 @@ from textual.binding import Binding
 from textual.containers import Container, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import Screen
-from textual.widgets import ContentSwitcher, RichLog, Static
+from textual.widgets import ContentSwitcher, Static
 
 from llm_trainer.runs import Run
 from llm_trainer.terminal import count, duration, size
@@ -24,6 +24,7 @@ from llm_trainer.tui.screens.runs import epochs
 from llm_trainer.tui.series import Series
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.lines import Lines
+from llm_trainer.tui.widgets.log import Log
 from llm_trainer.tui.widgets.plot import Curve, Plot, columns
 from llm_trainer.tui.widgets.table import Column, Table
 from llm_trainer.tui.widgets.tab_line import TabLine
@@ -93,7 +94,7 @@ class RunScreen(Polling, RunActions, Screen[None]):
             with Container(id="rates"):
                 for name, (title, show) in TRENDS.items(): yield Trend(title, show, name in GROUNDED, id=f"trend-{name}")
             with VerticalScroll(id="samples"): yield Static(id="sample-text", markup=False)
-            yield RichLog(id="log", max_lines=5000, wrap=True, highlight=False, markup=False, min_width=20)
+            yield Log(id="log")
             with VerticalScroll(id="config"): yield Static(id="config-text", markup=False)
             yield Table(CHECKPOINT_COLUMNS, lambda row: row.step, id="checkpoints", empty="No checkpoint yet: w saves one now.")
         yield KeyBar()
@@ -218,16 +219,13 @@ class RunScreen(Polling, RunActions, Screen[None]):
         self.query_one("#sample-text", Static).update(Content("\n\n").join(blocks))
 
     def _log(self, lines: list[str]) -> None:
-        box = self.query_one("#log", RichLog)
-        at_end = box.is_vertical_scroll_end
         shown = []
         for text in lines[-5000:]:
             stamp, text = (text[11:20], text[20:]) if STAMP.match(text) else ("", text)
             low = text.lower()
             style = "red" if "error" in low or "traceback" in low or "failed" in low else "yellow" if "warning" in low else ""
             shown.append(Text.assemble((stamp, "bright_black"), (text or " ", style)))
-        box.write(Text("\n").join(shown), scroll_end=False)
-        if at_end: box.scroll_end(animate=False, immediate=True, x_axis=False)
+        self.query_one("#log", Log).add(shown)
 
     def _checkpoints(self, news: RunNews) -> None:
         self.query_one("#checkpoints", Table).show(news.checkpoints)
@@ -243,7 +241,7 @@ class RunScreen(Polling, RunActions, Screen[None]):
                   if name in known and value != known[name].default and known[name].default is not None]
         rest = [(line(name, 24), show(value)) for name, value in flat.items()]
         text = [Content.styled("Differs from the defaults", "bold $primary")]
-        text += [Content.assemble(f"  {name:<20}", (f"{value:<28}", "bold"), (f"default {default}", "$foreground 60%"))
+        text += [Content.assemble(f"  {name:<20}", (f"{value:<27} ", "bold"), (f"default {default}", "$foreground 60%"))
                  for name, value, default in differ] or [Content.styled("  nothing", "$foreground 60%")]
         text.append(Content.styled("\nEverything", "bold $primary"))
         half = (len(rest) + 1) // 2
@@ -263,8 +261,10 @@ class RunScreen(Polling, RunActions, Screen[None]):
         if name == "config": self._config()
         if name == "log": self.call_after_refresh(part.scroll_end, animate=False, x_axis=False)
         if name == "samples" and not self.samples:
+            every = settings_of(self.reader.run).get("sample_every")
             self.query_one("#sample-text", Static).update(Content.styled(
-                "No sample yet. A run writes them while it trains when sample_every is set.", "$foreground 60%"))
+                f"No sample yet; one is written every {line(every, 12)} steps." if every else
+                "No sample. A run writes them while it trains when sample_every is set.", "$foreground 60%"))
         self.refresh_bindings()
         self.call_after_refresh(self._curves, True)
 

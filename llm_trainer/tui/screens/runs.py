@@ -66,7 +66,8 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         Binding("enter", "open", "Open", key_display="⏎", tooltip="Show the chosen run"),
         Binding("space", "mark", "Mark", key_display="␣", tooltip="Mark the chosen run for comparison"),
         Binding("c", "compare", "Compare", tooltip="Curves and settings of the marked runs side by side"),
-        Binding("slash", "filter", "Filter", key_display="/", tooltip="Show only runs whose line holds a word"),
+        Binding("slash", "filter", "Filter", key_display="/", tooltip="Show only runs whose line holds a word",
+                priority=True),  # or what is typed right behind it would act on the runs
         Binding("s", "sort", "Sort", tooltip="Change the order of the runs"),
         Binding("n", "start", "New", tooltip="Start a run from a profile"),
         *RunActions.KEYS,
@@ -161,8 +162,13 @@ class RunsScreen(Polling, RunActions, Screen[None]):
 
     def check_action(self, action: str, parameters: tuple) -> bool | None:
         if action == "compare": return True if len(self.table.marked) > 1 else None
+        if action == "filter": return self.focused is not self.query_one("#filter")
         if action in ("open", "mark"): return True if self.table.rows else None
         return self.run_action_allowed(action)
+
+    def why_not(self, action: str) -> str:
+        if action == "compare": return "Mark two runs or more with the space bar; c then compares them."
+        return super().why_not(action)
 
     def action_open(self) -> None:
         if self.target: self.app.open_run(self.target.id)
@@ -198,7 +204,7 @@ class RunsScreen(Polling, RunActions, Screen[None]):
 
     def action_filter(self) -> None:
         self.query_one("#filter-line").display = True
-        self.query_one("#filter", Input).focus()
+        self.set_focus(self.query_one("#filter", Input))
 
     @on(Input.Changed, "#filter")
     def _filter(self) -> None:

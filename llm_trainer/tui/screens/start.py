@@ -73,7 +73,7 @@ class StartScreen(Screen[str | None]):
         Binding("escape", "leave", "Back", key_display="esc", tooltip="Back without starting anything"),
         Binding("ctrl+s", "start", "Start", key_display="^s", tooltip="Start the run", priority=True),
         Binding("ctrl+u", "undo", "Undo field", key_display="^u", tooltip="The profile's value again"),
-        Binding("ctrl+f", "find", "Find", key_display="^f", tooltip="Find a setting by a part of its name"),
+        Binding("ctrl+f", "find", "Find", key_display="^f", tooltip="Find a setting by a part of its name", priority=True),
         Binding("down", "app.focus_next", "Next", show=False), Binding("up", "app.focus_previous", "Previous", show=False)]
     AUTO_FOCUS = "#profile"
 
@@ -170,7 +170,7 @@ class StartScreen(Screen[str | None]):
 
     def action_leave(self) -> None: self.dismiss(None)
 
-    def action_find(self) -> None: self.query_one("#find").focus()
+    def action_find(self) -> None: self.set_focus(self.query_one("#find"))
 
     def action_undo(self) -> None:
         if self.focused is not None and isinstance(self.focused.parent, Field):

@@ -250,7 +250,7 @@ class Plot(PlotWidget, inherit_bindings=False):
     def _axes(self, canvas: QuietCanvas, left: QuietCanvas, bottom: QuietCanvas, axis: str, tick: str) -> None:
         width, height = canvas.size
         end = 0
-        name = {"time": "time"}.get(self.unit, f"{self.unit}s").rjust(0)
+        name = {"step": "steps"}.get(self.unit, self.unit)
         for value in ticks(self._x_min, self._x_max, max(2, width // 12)):
             x, _ = self.get_pixel_from_coordinate(value, 0.0)
             text = duration(value) if self.unit == "time" else count(round(value))
