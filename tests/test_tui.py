@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNIN
 from llm_trainer.runs import Run
 from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.glyphs import braille, line, to_ascii
-from llm_trainer.tui.pen import terse
 from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
 from llm_trainer.tui.screens.runs import epochs
 from llm_trainer.tui.series import TRAIN, Series
@@ -111,41 +109,6 @@ async def test_what_lies_behind_a_dialog_rests_and_is_up_to_date_after_it(world)
         assert not read and screen.rows[0].loss != 1.2345
         await press(pilot, "escape")
         await shows(pilot, "1.23")
-
-
-CELL = re.compile(r"\x1b\[([\d;]*)m|(\x1b\[[^m]*?[A-Za-ln-z])|(.)", re.DOTALL)
-
-
-def cells(data: str) -> list[tuple[str, object]]:
-    "Every character with the codes in force, as a terminal would show it: a blank has no foreground"
-    from rich.ansi import AnsiDecoder
-    from rich.style import Style
-    decoder, found = AnsiDecoder(), []
-    for codes, move, char in CELL.findall(data):
-        if move: found.append((move, None))
-        elif char in "\r\n": found += [(char, None)] * bool(char)
-        else:
-            style = decoder.decode_line(f"{char}x").spans
-            style = style[-1].style if style else Style()
-            found.append((char, style.bgcolor if char == " " and not (style.underline or style.reverse or style.strike) else style))
-        if not (move or char): decoder.decode_line(f"\x1b[{codes}m")
-    return found
-
-
-async def test_fewer_bytes_draw_the_same_cells(world):
-    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "ETA 32s", "validation")
-        for keys in ((), ("2",), ("question_mark",)):
-            await press(pilot, *keys)
-            frame = pilot.app.screen._compositor.render_update(full=True).render_segments(pilot.app.console)
-            short = terse(frame)
-            assert len(short) < 0.7 * len(frame) and cells(short) == cells(frame)
-
-
-def test_what_is_no_colour_passes_as_it_is():
-    for text in ("", "plain", "\x1b[2;1H\r\n", "\x1b]22;default\x07", "\x1b[99mwhat is that", "\x1b[38;9;1mx"): assert terse(text) == text
-    assert terse("\x1b[31ma\x1b[0m\x1b[31mb\x1b[0m\x1b[44m c\x1b[0m") == "\x1b[31mab\x1b[39;44m c\x1b[0m"
-    assert terse("\x1b[4m \x1b[0m ") == "\x1b[4m \x1b[0m "  # an underlined blank is seen
 
 
 async def test_a_thousand_runs(empty):

@@ -10,14 +10,12 @@ from pathlib import Path
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding
-from textual.driver import Driver
 from textual.screen import Screen
 from textual.theme import Theme
 
 from llm_trainer import workspace as workspaces
 from llm_trainer.tui.generator import Generator
 from llm_trainer.tui.glyphs import Border, line
-from llm_trainer.tui.pen import terse
 from llm_trainer.workspace import Workspace
 
 NIGHT = Theme(
@@ -73,10 +71,6 @@ class WatchApp(App[None]):
         for theme in (NIGHT, PAPER): self.register_theme(theme)
         if "TEXTUAL_THEME" not in os.environ: self.theme = "night"
         if "TEXTUAL_ANIMATIONS" not in os.environ: self.animation_level = "none"  # frames between frames fill a slow line
-
-    def get_driver_class(self) -> type[Driver]:
-        driver = super().get_driver_class()
-        return type("TerseDriver", (driver,), {"write": lambda self, data: driver.write(self, terse(data))})
 
     def get_line_filters(self) -> list: return [self.border, *super().get_line_filters()]
 
