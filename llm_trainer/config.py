@@ -489,8 +489,10 @@ def idle(config:Config) -> list[str]: # One sentence per setting that has no eff
                "muon_lr": t.optimizer != "muon" and "the optimizer is adamw",
                "decay_fraction": t.schedule != "wsd" and f"the schedule is {t.schedule}",
                "min_lr": t.schedule == "constant" and "the schedule is constant",
-               "patience": t.patience and not t.eval_every and "eval_every is 0",
-               "dataset_config": d.dataset_config and not isinstance(d.dataset, str) and "dataset is a list"}
+               "patience": t.patience and not t.eval_every and "eval_every is 0"}
+    for name, own in ("dataset_config", "config"), ("dataset_revision", "revision"), ("text_column", "text_column"):
+        reasons[name] = not isinstance(d.dataset, str) and all(getattr(part, own) for part in d.dataset) and (
+            f"each part of dataset has its own {own}")
     return [f"{name} has no effect: {why}." for name, why in reasons.items() if why and name in differences(config)]
 
 # %% ../nbs/00_config.ipynb #6a51ba3a

@@ -235,6 +235,8 @@ def test_changes_and_what_resume_allows():
 def test_settings_without_effect_are_told():
     told = idle(load_config("tiny", {"tokenizer": "byte", "decay_fraction": 0.5}))
     assert [line.split()[0] for line in told] == ["vocab_size", "decay_fraction"]
+    mixed = lambda *configs: Config().replace(dataset=[{"name": "a/b", "config": c} for c in configs], dataset_config="all")
+    assert idle(mixed("one", None)) == [] and "its own config" in idle(mixed("one", "two"))[0]
 
 
 def test_a_config_is_frozen_and_shows_its_differences():
