@@ -72,7 +72,7 @@ def _config(space, config: str | None, knobs: dict):
 def _from_here(space, name: str, text: str) -> str:
     "A flag's path made absolute; NotFoundError for what can only be a path and is not there"
     if text in ("python-docs", "python-code", "python-docs-tiny", "bpe", "char", "byte"): return text
-    path = Path(text).expanduser()
+    path = workspace.home(text)
     try:
         if any((base / path).exists() for base in (space.root, space.data)): return text
         if path.exists(): return str(path.absolute())
@@ -454,7 +454,7 @@ def generate(
         texts = [talk.write(write(many[0], sampling), many[0], show_part)]
         if aloud: print(flush=True)
     else: texts = talk.write_many(sampler.generate_batch(model, tokenizer, many, sampling, num_samples), show_part)
-    if output is not None: Path(output).expanduser().write_bytes("\n".join(t.text for t in texts).encode())
+    if output is not None: workspace.home(output).write_bytes("\n".join(t.text for t in texts).encode())
     told = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
     if json: print(show.as_json({"checkpoint": str(folder), "settings": vars(sampling), "texts": told}))
     return 130 if any(t.finish == "interrupted" for t in texts) else 0
@@ -471,9 +471,9 @@ def _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json
         raise UsageError("--interactive talks to a person; leave out --json and --output.")
     if raw and sys.stdout.isatty() and output is None:
         raise UsageError("--raw would let a model command your terminal; pipe the text somewhere or use --output FILE.")
-    if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
+    if output is not None and not workspace.home(output).absolute().parent.is_dir():
         raise NotFoundError(f"The folder of --output {clean(output, '')} does not exist.")
-    if output is not None and Path(output).expanduser().is_dir():
+    if output is not None and workspace.home(output).is_dir():
         raise UsageError(f"--output {clean(output, '')} is a folder; name a file in it.")
 
 
@@ -532,7 +532,7 @@ def export(
 ):
     "Copy a checkpoint out, as other programs read it"
     import shutil
-    target = Path(out).expanduser()
+    target = workspace.home(out)
     if format == "gguf":
         raise UsageError("This version writes no gguf itself. llama.cpp's converter reads a checkpoint as it lies:\n"
                          f"python convert_hf_to_gguf.py {_weights(run, checkpoint)} --outfile {clean(str(out), '')}")

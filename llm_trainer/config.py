@@ -415,7 +415,7 @@ def _locate(config: str | Path, configs: Path | None) -> Path:
     "The file that a profile name or a path means"
     known = profiles(configs)
     if config in known: return known[config]
-    text, path = str(config), Path(config).expanduser()
+    text, path = str(config), workspace.home(config)
     if path.suffix != ".toml" and path.name == text:
         raise ConfigError(f"No profile is called {_shown(text)}{_nearest(text, list(known))}\n"
                           f"Profiles: {', '.join(known)}; a file is given as a path: --config ./my.toml")

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 from .cache import Notify, Progress, prepared, sha256
 from .errors import DataError, NotFoundError
+from .workspace import home
 
 # %% auto #0
 __all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'pieces_of', 'read_txt', 'valid', 'read_jsonl',
@@ -343,7 +344,7 @@ BUILTIN = ("python-docs", "python-code", "python-docs-tiny")
 
 def _local(name: str, data_dir: Path) -> Path | None:
     "The path that `name` stands for, or None if it can only be a dataset of the hub"
-    path = Path(name).expanduser()
+    path = home(name)
     for base in (Path(), data_dir.parent, data_dir):
         if (base / path).exists(): return base / path
     named = path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.endswith("/")

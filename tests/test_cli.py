@@ -132,6 +132,10 @@ def test_wrong_arguments_are_refused_and_touch_nothing(space): assert fuzz(2000,
     (["resume", "--lr-plan", "rewrm"], 2, "Did you mean rewarm?"),
     (["runs", "--csv", "nobody"], 3, "There is no run"),
     (["watch"], 2, "needs a terminal"),
+    *((argv.split(), 3, "no home folder") for argv in (
+        "init ~nobody-here/x", "train --config ~nobody-here/x.toml", "train --dataset ~nobody-here/x",
+        "train --tokenizer ~nobody-here/x", "generate --prompt x --output ~nobody-here/x", "export --out ~nobody-here/x",
+        "generate --prompt-file ~nobody-here/x", "generate --prompts ~nobody-here/x")),
 ])
 def test_bad_input_gives_one_message(space, capsys, argv, code, says):
     if "--more-epochs" in argv: runs.create_run(space.runs, {"training": {}}, name="some")
