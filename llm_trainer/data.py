@@ -183,8 +183,8 @@ def find_files(
     path: Path,  # A file, or a folder
 ) -> list[Path]:  # The files to read, in order
     "The text files that `path` stands for"
-    if not path.exists(): raise NotFoundError(f"There is no file or folder {path}.\nCheck the path given as --dataset, "
-                                              "or use a built-in corpus: --dataset python-docs")
+    if not os.path.exists(path): raise NotFoundError(f"There is no file or folder {path}.\n"
+                                                     "Check the path, or use a built-in corpus: python-docs")
     kinds = ", ".join(READERS)
     if path.is_file():
         if path.suffix.lower() in READERS: return [path]
@@ -346,7 +346,7 @@ def _local(name: str, data_dir: Path) -> Path | None:
     "The path that `name` stands for, or None if it can only be a dataset of the hub"
     path = home(name)
     for base in (Path(), data_dir.parent, data_dir):
-        if (base / path).exists(): return base / path
+        if os.path.exists(base / path): return base / path
     named = path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.endswith("/")
     return path if named or name.count("/") > 1 else None
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_trainer import cli, follow, runs, workspace
+from llm_trainer.tokenizer import train_tokenizer
 from llm_trainer.trainer import Evaluated, Phase, Saved, Step
 from llm_trainer.worker import Doing
 
@@ -131,6 +132,7 @@ def test_wrong_arguments_are_refused_and_touch_nothing(space): assert fuzz(2000,
     (["resume", "--more-epochs", "0"], 2, "more-epochs"),
     (["resume", "--lr-plan", "rewrm"], 2, "Did you mean rewarm?"),
     (["runs", "--csv", "nobody"], 3, "There is no run"),
+    (["train", "--dataset", f"./{'x' * 300}"], 3, "no file or folder"),
     (["watch"], 2, "needs a terminal"),
     *((argv.split(), 3, "no home folder") for argv in (
         "init ~nobody-here/x", "train --config ~nobody-here/x.toml", "train --dataset ~nobody-here/x",
@@ -343,6 +345,26 @@ def test_what_a_first_look_shows_to_be_no_text_is_refused_before_there_is_a_run(
         out, err = capsys.readouterr()
         assert says in err and not out, err
     assert files(space.root) == before
+
+
+def test_a_name_means_the_same_to_a_worker_that_stands_elsewhere(space, tmp_path_factory, monkeypatch):
+    "What lies here comes before what has its name in the workspace, and the run's config says where it is"
+    here = tmp_path_factory.mktemp("books")
+    for folder in (here / "data", space.data):
+        folder.mkdir(exist_ok=True)
+        (folder / "text.txt").write_text(f"{folder} " * 99)
+        train_tokenizer("byte", 257, ()).save(folder / "tokens.d")
+    (space.data / "only.txt").write_text("in data/ only " * 99)
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(space.root))
+    monkeypatch.chdir(here)
+    settled = lambda **knobs: cli._config(space, "tiny", knobs).data
+    found = settled(dataset="data", tokenizer="data/tokens.d", text_column="text")
+    assert (found.dataset, found.tokenizer, found.text_column) == (f"{here}/data", f"{here}/data/tokens.d", "text")
+    assert settled(dataset="only.txt").dataset == str(space.data / "only.txt")
+    assert settled(dataset="python-docs").dataset == "python-docs" and settled(dataset="a/b").dataset == "a/b"
+    (space.configs / "mix.toml").write_text('data.dataset = [{name = "data", weight = 2.0, config = "c"}, {name = "python-docs"}]')
+    mix = cli._config(space, "mix", {}).data.dataset
+    assert [(part.name, part.weight, part.config) for part in mix] == [(f"{here}/data", 2, "c"), ("python-docs", 1, None)]
 
 
 def test_a_text_that_is_too_short_leaves_nothing(space):
