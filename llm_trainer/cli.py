@@ -388,7 +388,7 @@ def generate(
         typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, no_repeat_ngram=no_repeat_ngram, stop=tuple(stop), seed=seed,
         truncate=truncate, beams=beams, ignore_eot=ignore_eot, logprobs=json)
-    load = lambda folder: sampler.load_for_generation(folder, device, _preferred_device())
+    load = lambda folder: sampler.load_for_generation(folder, device, workspace.preferred_device())
     folder, (model, tokenizer) = _with_weights(run, checkpoint, load)
     write = lambda text, how: sampler.generate(model, tokenizer, text, how)
     if interactive: return talk.converse(write, sampling, show.say)
@@ -420,12 +420,6 @@ def _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json
         raise NotFoundError(f"The folder of --output {clean(output, '')} does not exist.")
     if output is not None and workspace.home(output).is_dir():
         raise UsageError(f"--output {clean(output, '')} is a folder; name a file in it.")
-
-
-def _preferred_device() -> str:
-    "The device of settings.ini; a model folder is used outside a workspace, too"
-    try: return workspace.find().device
-    except NotFoundError: return "auto"
 
 
 def evaluate(

@@ -73,6 +73,12 @@ def find(start: Path | str | None = None) -> Workspace:
                         "or name one: export LLM_TRAINER_HOME=/path/to/workspace")
 
 
+def preferred_device() -> str:
+    "The device of settings.ini; a model folder is used outside a workspace, too"
+    try: return find().device
+    except NotFoundError: return "auto"
+
+
 def init(folder: Path | str = ".") -> Workspace:
     "Make `folder` a workspace; what is already there stays as it is"
     root = home(folder).resolve()

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("ipywidgets", reason="the live view needs: pip install 'llm_trainer[notebook]'")
 
+from llm_trainer import launch, workspace
 from llm_trainer.live import Curves, headline, picture, png, quote, safe, smooth, thin, watch
 from llm_trainer.records import encode
 from llm_trainer.runs import create_run, find_run
@@ -136,6 +137,22 @@ def test_a_button_says_what_went_wrong(runs, view):
     deadline = time.monotonic() + 120
     while not v.said.value and time.monotonic() < deadline: time.sleep(.02)
     assert "settings.ini" in v.said.value or "can't be read" in v.said.value
+
+
+@pytest.mark.parametrize("elsewhere", ["another home is exported", "runs/ lies outside the root"])
+def test_a_text_is_generated_in_the_workspace_of_the_runs(tmp_path, view, monkeypatch, elsewhere):
+    space, other = workspace.init(tmp_path / "space"), workspace.init(tmp_path / "other")
+    home = other
+    if "outside" in elsewhere:
+        (space.root / "settings.ini").write_text(f"[llm_trainer]\nruns = {tmp_path}/far/runs")
+        home = space = workspace.init(space.root)
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(home.root))
+    write(space.runs, "known")
+    v, asked = view("known", space.runs), []
+    assert "known has no checkpoint" in (said := v._generate(v._run())), said
+    monkeypatch.setattr(launch, "resume", lambda run, space, **how: asked.append(space.root))
+    v._resume_run(v._run())
+    assert asked == [space.root]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
