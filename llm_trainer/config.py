@@ -32,7 +32,7 @@ def setting(
     default, # The value where nobody says anything
     change:Literal["fixed", "changeable", "cosmetic"], # What `resume` does with a new value
     description:str, # What it is, its unit, when to change it
-    **bounds # `ge`, `gt`, `le`, `lt`
+    **bounds # `ge`, `gt`, `le`, `lt`, `min_length`, `max_length`
 ):
     "A field of a settings group"
     return Field(default, description=description, json_schema_extra={"change": change}, **bounds)
@@ -214,7 +214,7 @@ class TrainConfig(Group):
 # %% ../nbs/00_config.ipynb #838e5fb9
 class SampleConfig(Group):
     "How the sample texts of a run are drawn; `generate` has flags of its own for each"
-    sample_prompt: str = setting("The ", "cosmetic", "Text that the samples of a run continue", max_length=10_000)
+    sample_prompt: str = setting("The ", "cosmetic", "Text that the samples of a run continue", min_length=1, max_length=10_000)
     max_new_tokens: int = setting(100, "cosmetic", "Length of a text, in tokens", ge=1, le=1_000_000)
     temperature: float = setting(0.8, "cosmetic",
         "Below 1 the likely tokens become likelier, above 1 all more alike; 0: always the likeliest", ge=0, le=100)
@@ -323,7 +323,7 @@ _short = reprlib.Repr(); _short.maxstring = _short.maxother = 60
 def _shown(value) -> str:
     "A value as TOML would write it, short and safe to print"
     if isinstance(value, bool): return str(value).lower()
-    if isinstance(value, str): return clean(value if len(value) <= 60 else f"{value[:57]}…", keep="")
+    if isinstance(value, str): return clean(value if len(value) <= 60 else f"{value[:57]}…", keep="") or '""'
     if isinstance(value, tuple) and all(isinstance(s, Source) for s in value):
         return " + ".join(f"{_shown(s.name)} × {s.weight:g}" for s in value)
     try: return "none" if value is None else clean(_short.repr(value), keep="")

@@ -138,6 +138,10 @@ def test_a_tokenizer_is_a_kind_or_a_path():
     assert load_config("tiny", {"tokenizer": "./bite"}).data.tokenizer == "./bite"
 
 
+def test_a_text_is_not_empty():
+    for name in ("sample_prompt", "dataset"): assert "a text" in (said := refusal("tiny", {name: ""})) and 'not ""' in said
+
+
 def test_a_mix_of_datasets(tmp_path):
     file = written(tmp_path, '[data]\ndataset = [{name = "python-docs", weight = 2}, {name = "python-code"}]\n')
     assert [(s.name, s.weight) for s in load_config(file).data.dataset] == [("python-docs", 2.0), ("python-code", 1.0)]
