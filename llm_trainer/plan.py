@@ -60,7 +60,7 @@ def report(plan: dict) -> str:
               row("length", f"about {count(plan['train_tokens'])} tokens an epoch, {plan['steps']:,} steps, "
                   f"{duration(plan['seconds'])} of stepping" if plan["train_tokens"] else
                   f"{plan['steps']:,} steps, {duration(plan['seconds'])}" if plan["steps"] else
-                  "known once the data is here: llm-trainer prepare"), "", "Nothing was created."]
+                  "known once the data is here: llm-trainer prepare, with the same flags"), "", "Nothing was created."]
     return "\n".join(lines)
 
 

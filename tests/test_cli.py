@@ -191,12 +191,14 @@ def write_run(space, name, ends=None, steps=20):
 
 def test_status_tells_each_end_and_the_command_that_helps(space, capsys):
     ends = {"good": ("completed",), "big": ("failed", "oom", "Memory ran out: \x1b[31m3 GB"), "killed": None,
-            "wild": ("diverged", "non_finite", "ten steps in a row"), "full": ("failed", "disk_full", "No space")}
+            "wild": ("diverged", "non_finite", "ten steps in a row"), "full": ("failed", "disk_full", "No space"),
+            "gone": ("failed", "data", "no file or folder")}
     for name, end in ends.items(): write_run(space, name, end)
     says = {"good": ["✓ completed", "step 20 of 20", "4.2500"],
             "big": ["✗ failed", "oom: Memory ran out: 3 GB", "--batch-size 4"],
             "killed": ["✗ crashed", "llm-trainer resume killed", "the end of its log"],
-            "wild": ["✗ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"]}
+            "wild": ["✗ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"],
+            "gone": ["llm-trainer resume gone"]}
     for name, texts in says.items():
         assert cli.main(["status", name]) == 0
         out = capsys.readouterr().out
@@ -396,6 +398,15 @@ def test_resume_of_a_completed_run_has_nothing_to_do(trained):
     for text in ("from       step 12 of done", "lr plan    hold", "lr         ", "86 more"): assert text in ran.stdout
     ran = program(trained, "resume", "done", "--n_layer", "3")
     assert ran.returncode == 2 and "n_layer" in ran.stderr
+
+
+def test_evaluate_prepares_again_what_was_removed(trained):
+    before = program(trained, "evaluate", "done", "--json")
+    shutil.rmtree(trained.root / "data")
+    (trained.root / "data").mkdir()
+    again = program(trained, "evaluate", "done", "--json")
+    assert again.returncode == 0 and "They are prepared again." in again.stderr, again.stderr
+    assert json.loads(again.stdout) == json.loads(before.stdout)
 
 
 def test_verify_and_export(trained, tmp_path):
