@@ -157,7 +157,7 @@ def open_tokens(
     if record: return TokenCache(Path(folder), record)
     raise (DataError if problem else NotFoundError)(
         f"The tokens in {folder} can't be used: {problem or 'the folder is gone'}.\n"
-        "Prepare them again from the same text: llm-trainer prepare")
+        "Resuming or evaluating its run prepares them again: llm-trainer evaluate RUN")
 
 # %% ../nbs/04_batches.ipynb #ca2e2945
 class Windows(Dataset):

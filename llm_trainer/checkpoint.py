@@ -425,19 +425,26 @@ class Checkpoints:
             self._unwritten.clear()
             failpoints.hit("save.after-index")
 
+    def find(
+        self,
+        which: str | int, # "latest", "best", the name of a pin, or a step
+    ) -> int:
+        "The step that `which` names, whole or not; before an evaluation has told the best it is the latest"
+        index = self.index()
+        if not index: raise NotFoundError(f"Run {self.run_id} has no checkpoint yet: {self.folder} holds none.")
+        pins = {name: step for step, entry in index.items() for name in entry["pins"]}
+        wanted = pins.get(which, max(index) if which == "best" else which)
+        if not str(wanted).isdecimal() or int(wanted) not in index: raise self._missing(which)
+        return int(wanted)
+
     def select(
         self,
         which: str | int = "latest", # "latest", "best", the name of a pin, or a step
         need: Iterable[str] | Callable[[str], bool] | None = None, # Verify only these files; default all
     ) -> Path:
         "The folder of a verified checkpoint; a damaged one is skipped, aloud, for the newest good one"
-        index = self.index()
-        if not index: raise NotFoundError(f"Run {self.run_id} has no checkpoint yet: {self.folder} holds none.")
-        pins = {name: step for step, entry in index.items() for name in entry["pins"]}
-        wanted = pins.get(which, max(index)) if which in ("latest", "best") else pins.get(which, which)
-        if not str(wanted).isdigit() or int(wanted) not in index: raise self._missing(which)
-        wanted, bad = int(wanted), []
-        for step in [wanted, *(s for s in reversed(index) if s != wanted)]:
+        wanted, bad = self.find(which), []
+        for step in [wanted, *(s for s in reversed(self.steps()) if s != wanted)]:
             problems = verify(self.path(step), need, self.run_id)
             if not problems:
                 if bad: self.notify("\n".join([*bad, f"Using step {step} instead, the newest good checkpoint."]))
@@ -448,7 +455,8 @@ class Checkpoints:
 
     def _missing(self, step) -> NotFoundError:
         have = ", ".join(map(str, self.steps()[-8:])) or "none"
-        return NotFoundError(f"Run {self.run_id} has no checkpoint {step!r}; it has: {have}.")
+        return NotFoundError(f"Run {self.run_id} has no checkpoint {step!r}; it has: {have}.\n"
+                             f"See them: llm-trainer verify {self.run_id}")
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> dict[int, list[str]]: # step → problems
         "Re-read every checkpoint; the good ones are noted in the index as verified"

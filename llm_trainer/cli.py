@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from llm_trainer import __version__, show, workspace
-from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotFoundError, UsageError
+from llm_trainer.errors import BusyError, LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.frontend import Flag, FrontEnd
+from llm_trainer.settle import is_folder, settle, weights
 from llm_trainer.terminal import clean, size
-
-WEIGHTS = lambda name: not name.startswith("state/")  # what generating reads of a checkpoint
 
 
 # Settings as flags ---------------------------------------------------------------------------------------------------
@@ -53,37 +52,7 @@ def _knobs(**how):
 def _config(space, config: str | None, knobs: dict):
     "The validated config of a new run; paths on the command line are meant from the current folder"
     from llm_trainer.config import load_config
-    for name in ("dataset", "tokenizer"):
-        if isinstance(text := knobs.get(name), str): knobs[name] = _from_here(space, name, text)
-    settings = load_config(config or space.config, knobs, space.configs)
-    from llm_trainer.data import first_look
-    first_look(settings.data, space.data)
-    if settings.data.tokenizer not in ("bpe", "char", "byte"):
-        from llm_trainer.tokenizer import prepare_tokenizer
-        prepare_tokenizer(settings.data, [], space.data)  # one that can't be read is said before there is a run
-    if settings.training.init_from is None: return settings
-    from llm_trainer.train import shape_of
-    folder = _weights(settings.training.init_from, None).absolute()
-    taken = {**shape_of(folder), "tokenizer": str(folder)}
-    if odd := [name for name in (*taken, "vocab_size") if name in knobs and knobs[name] != taken.get(name)]:
-        raise UsageError(f"--{odd[0]} can't be chosen together with --init-from: shape and tokenizer are those of {folder}.\n"
-                         f"Leave --{odd[0]} out, or start without --init-from.")
-    return settings.replace(init_from=str(folder), **taken)
-
-
-def _from_here(space, name: str, text: str) -> str:
-    "A flag's path made absolute; NotFoundError for what can only be a path and is not there"
-    if text in ("python-docs", "python-code", "python-docs-tiny", "bpe", "char", "byte"): return text
-    path = Path(text).expanduser()
-    try:
-        if any((base / path).exists() for base in (space.root, space.data)): return text
-        if path.exists(): return str(path.absolute())
-    except (OSError, ValueError): pass
-    if path.suffix in (".txt", ".jsonl", ".parquet") or text.startswith((".", "/", "~")):
-        instead = {"tokenizer": "bpe"}.get(name, "python-docs")
-        raise NotFoundError(f"--{name}: there is no file or folder {clean(text, '')}.\n"
-                            f"Check the path, or take what is built in: --{name} {instead}")
-    return text
+    return settle(load_config(config or space.config, knobs, space.configs), space, knobs, _tell)
 
 
 # Finding runs --------------------------------------------------------------------------------------------------------
@@ -107,39 +76,15 @@ def _tell(message: str):
     print(clean(message), file=sys.stderr, flush=True)
 
 
-def _is_folder(text: str | None) -> bool:
-    return text is not None and ("/" in text or text in (".", "..") or (Path(text) / "config.json").is_file())
-
-
 def _checkpoints(run):
     from llm_trainer.checkpoint import Checkpoints
     return Checkpoints(workspace.find().checkpoints / run.id, run.id, notify=_tell)
 
 
-def _weights(text: str | None, checkpoint: str | None, need=WEIGHTS) -> Path:
-    "The folder that holds the model a run or a folder name means; of a run's, the files that are needed are verified"
-    if _is_folder(text):
-        if checkpoint is not None: raise UsageError("--checkpoint chooses among the checkpoints of a run; "
-                                                    f"{clean(text, '')!r} is a folder.")
-        if not Path(text).is_dir(): raise NotFoundError(f"The folder {clean(text, '')} does not exist.")
-        return _whole(Path(text), need)
-    return _checkpoints(_run(text)).select(checkpoint or "best", need=need)
-
-
-def _whole(folder: Path, need) -> Path:
-    "A folder that was named; where it is a checkpoint, its files are verified like those of a run"
-    if (manifest := folder / "manifest.json").is_file() and folder.absolute().name.startswith("step-"):
-        from llm_trainer.checkpoint import unsealed, verify
-        if faults := verify(folder, need, unsealed(manifest).get("run_id")):
-            raise CheckpointError(f"{clean(folder, '')} is damaged: {'; '.join(faults[:3])}.\n"
-                                  "Name the run in place of the folder to use its newest good checkpoint.")
-    return folder
-
-
 def _with_weights(text: str | None, checkpoint: str | None, use):
     "That folder, and what `use` makes of it; chosen again where a run that goes on has pruned it meanwhile"
     while True:
-        folder = _weights(text, checkpoint)
+        folder = weights(text, checkpoint, notify=_tell)
         try: return folder, use(folder)
         except (LLMTrainerError, OSError):
             if folder.is_dir(): raise
@@ -444,14 +389,14 @@ def generate(
     _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json, raw, output)
     many = talk.read_prompts(prompts) if prompts is not None else None
     if many is None and not interactive: many = [talk.one_prompt(prompt, prompt_file)]
-    _weights(run, checkpoint, need=())  # what is not there is said before torch is loaded
+    weights(run, checkpoint, need=(), notify=_tell)  # what is not there is said before torch is loaded
     from llm_trainer import sampler
     sampling = sampler.Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, no_repeat_ngram=no_repeat_ngram, stop=tuple(stop), seed=seed,
         truncate=truncate, beams=beams, ignore_eot=ignore_eot, logprobs=json)
-    load = lambda folder: sampler.load_for_generation(folder, device, _preferred_device())
+    load = lambda folder: sampler.load_for_generation(folder, device, workspace.preferred_device())
     folder, (model, tokenizer) = _with_weights(run, checkpoint, load)
     write = lambda text, how: sampler.generate(model, tokenizer, text, how)
     if interactive: return talk.converse(write, sampling, show.say)
@@ -462,7 +407,7 @@ def generate(
         texts = [talk.write(write(many[0], sampling), many[0], show_part)]
         if aloud: print(flush=True)
     else: texts = talk.write_many(sampler.generate_batch(model, tokenizer, many, sampling, num_samples), show_part)
-    if output is not None: Path(output).expanduser().write_bytes("\n".join(t.text for t in texts).encode())
+    if output is not None: workspace.home(output).write_bytes("\n".join(t.text for t in texts).encode())
     told = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
     if json: print(show.as_json({"checkpoint": str(folder), "settings": vars(sampling), "texts": told}))
     return 130 if any(t.finish == "interrupted" for t in texts) else 0
@@ -479,16 +424,10 @@ def _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json
         raise UsageError("--interactive talks to a person; leave out --json and --output.")
     if raw and sys.stdout.isatty() and output is None:
         raise UsageError("--raw would let a model command your terminal; pipe the text somewhere or use --output FILE.")
-    if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
+    if output is not None and not workspace.home(output).absolute().parent.is_dir():
         raise NotFoundError(f"The folder of --output {clean(output, '')} does not exist.")
-    if output is not None and Path(output).expanduser().is_dir():
+    if output is not None and workspace.home(output).is_dir():
         raise UsageError(f"--output {clean(output, '')} is a folder; name a file in it.")
-
-
-def _preferred_device() -> str:
-    "The device of settings.ini; a model folder is used outside a workspace, too"
-    try: return workspace.find().device
-    except NotFoundError: return "auto"
 
 
 def evaluate(
@@ -501,9 +440,11 @@ def evaluate(
     json: bool = False,  # Print one JSON object
 ):
     "Measure a model: loss, perplexity, bits per byte"
-    space, meta = workspace.find(), {} if _is_folder(run) else _run(run).meta
-    data = None if data is None else _from_here(space, "data", data)
-    _weights(run, checkpoint, need=())  # what is not there is said before torch is loaded
+    from llm_trainer.config import Config
+    from llm_trainer.data import first_look
+    space, meta = workspace.find(), {} if is_folder(run) else _run(run).meta
+    if data is not None: first_look(Config().replace(dataset=data).data, space.data)
+    weights(run, checkpoint, need=(), notify=_tell)  # what is not there is said before torch is loaded
     from llm_trainer.measure import measure
     with _progress(json) as (_, told):
         _, found = _with_weights(run, checkpoint, lambda folder: measure(folder, space, meta, data, stride, device, notify=_tell,
@@ -542,10 +483,10 @@ def export(
 ):
     "Copy a checkpoint out, as other programs read it"
     import shutil
-    target = Path(out).expanduser()
+    target = workspace.home(out)
     if format == "gguf":
         raise UsageError("This version writes no gguf itself. llama.cpp's converter reads a checkpoint as it lies:\n"
-                         f"python convert_hf_to_gguf.py {_weights(run, checkpoint)} --outfile {clean(str(out), '')}")
+                         f"python convert_hf_to_gguf.py {weights(run, checkpoint, notify=_tell)} --outfile {clean(str(out), '')}")
     if target.exists(): raise UsageError(f"{clean(str(target), '')} exists already; export writes a new folder.")
     hidden = target.with_name(f".{target.name}.tmp")
 

@@ -33,7 +33,7 @@ def setting(
     default, # The value where nobody says anything
     change:Literal["fixed", "changeable", "cosmetic"], # What `resume` does with a new value
     description:str, # What it is, its unit, when to change it
-    **bounds # `ge`, `gt`, `le`, `lt`
+    **bounds # `ge`, `gt`, `le`, `lt`, `min_length`, `max_length`
 ):
     "A field of a settings group"
     return Field(default, description=description, json_schema_extra={"change": change}, **bounds)
@@ -217,7 +217,7 @@ LR_SETTINGS = "lr", "min_lr", "schedule", "warmup_steps", "decay_fraction" # Of 
 # %% ../nbs/00_config.ipynb #838e5fb9
 class SampleConfig(Group):
     "How the sample texts of a run are drawn; `generate` has flags of its own for each"
-    sample_prompt: str = setting("The ", "cosmetic", "Text that the samples of a run continue", max_length=10_000)
+    sample_prompt: str = setting("The ", "cosmetic", "Text that the samples of a run continue", min_length=1, max_length=10_000)
     max_new_tokens: int = setting(100, "cosmetic", "Length of a text, in tokens", ge=1, le=1_000_000)
     temperature: float = setting(0.8, "cosmetic",
         "Below 1 the likely tokens become likelier, above 1 all more alike; 0: always the likeliest", ge=0, le=100)
@@ -326,7 +326,7 @@ _short = reprlib.Repr(); _short.maxstring = _short.maxother = 60
 def _shown(value) -> str:
     "A value as TOML would write it, short and safe to print"
     if isinstance(value, bool): return str(value).lower()
-    if isinstance(value, str): return clean(value if len(value) <= 60 else f"{value[:57]}…", keep="")
+    if isinstance(value, str): return clean(value if len(value) <= 60 else f"{value[:57]}…", keep="") or '""'
     if isinstance(value, tuple) and all(isinstance(s, Source) for s in value):
         return " + ".join(f"{_shown(s.name)} × {s.weight:g}" for s in value)
     try: return "none" if value is None else clean(_short.repr(value), keep="")
@@ -418,7 +418,7 @@ def _locate(config: str | Path, configs: Path | None) -> Path:
     "The file that a profile name or a path means"
     known = profiles(configs)
     if config in known: return known[config]
-    text, path = str(config), Path(config).expanduser()
+    text, path = str(config), workspace.home(config)
     if path.suffix != ".toml" and path.name == text:
         raise ConfigError(f"No profile is called {_shown(text)}{_nearest(text, list(known))}\n"
                           f"Profiles: {', '.join(known)}; a file is given as a path: --config ./my.toml")
@@ -492,8 +492,10 @@ def idle(config:Config) -> list[str]: # One sentence per setting that has no eff
                "muon_lr": t.optimizer != "muon" and "the optimizer is adamw",
                "decay_fraction": t.schedule != "wsd" and f"the schedule is {t.schedule}",
                "min_lr": t.schedule == "constant" and "the schedule is constant",
-               "patience": t.patience and not t.eval_every and "eval_every is 0",
-               "dataset_config": d.dataset_config and not isinstance(d.dataset, str) and "dataset is a list"}
+               "patience": t.patience and not t.eval_every and "eval_every is 0"}
+    for name, own in ("dataset_config", "config"), ("dataset_revision", "revision"), ("text_column", "text_column"):
+        reasons[name] = not isinstance(d.dataset, str) and all(getattr(part, own) for part in d.dataset) and (
+            f"each part of dataset has its own {own}")
     return [f"{name} has no effect: {why}." for name, why in reasons.items() if why and name in differences(config)]
 
 # %% ../nbs/00_config.ipynb #6a51ba3a

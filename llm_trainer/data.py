@@ -16,14 +16,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from .cache import Notify, Progress, prepared, sha256
 from .errors import DataError, NotFoundError
+from .workspace import home
 
 # %% auto #0
 __all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'pieces_of', 'read_txt', 'valid', 'read_jsonl',
            'read_parquet', 'choose_column', 'find_files', 'scan', 'place', 'census', 'threshold', 'Corpus',
-           'open_corpus', 'first_look', 'open_files', 'open_mix']
+           'open_corpus', 'apart', 'first_look', 'open_files', 'open_mix']
 
 # %% ../nbs/02_data.ipynb #231d9eca
 READ = 1 << 16  # bytes that are read at a time
@@ -181,8 +183,8 @@ def find_files(
     path: Path,  # A file, or a folder
 ) -> list[Path]:  # The files to read, in order
     "The text files that `path` stands for"
-    if not path.exists(): raise NotFoundError(f"There is no file or folder {path}.\nCheck the path given as --dataset, "
-                                              "or use a built-in corpus: --dataset python-docs")
+    if not os.path.exists(path): raise NotFoundError(f"There is no file or folder {path}.\n"
+                                                     "Check the path, or use a built-in corpus: python-docs")
     kinds = ", ".join(READERS)
     if path.is_file():
         if path.suffix.lower() in READERS: return [path]
@@ -342,9 +344,9 @@ BUILTIN = ("python-docs", "python-code", "python-docs-tiny")
 
 def _local(name: str, data_dir: Path) -> Path | None:
     "The path that `name` stands for, or None if it can only be a dataset of the hub"
-    path = Path(name).expanduser()
+    path = home(name)
     for base in (Path(), data_dir.parent, data_dir):
-        if (base / path).exists(): return base / path
+        if os.path.exists(base / path): return base / path
     named = path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.endswith("/")
     return path if named or name.count("/") > 1 else None
 
@@ -354,10 +356,9 @@ def open_corpus(
     data_dir: Path,  # The workspace's data/ folder, for what is derived
     notify: Notify = print,  # Told what a user should know
     progress: Progress | None = None,  # Told how far a long preparation is
-    dataset: str | None = None,  # Another name than `data.dataset`, for one corpus of a mix
 ) -> Corpus:  # Ready to be read
     "Open the corpus that `data.dataset` names, preparing what it needs"
-    name, data_dir = dataset or data.dataset, Path(data_dir)
+    name, data_dir = data.dataset, Path(data_dir)
     if name in BUILTIN:
         from llm_trainer.builtin import open_builtin
         return open_builtin(name, data_dir, data.val_fraction, notify, progress)
@@ -366,6 +367,17 @@ def open_corpus(
         from llm_trainer.hub import open_hub
         return open_hub(name, data, data_dir, notify, progress)
     return open_files(path, data_dir, data.text_column, data.val_fraction, notify, progress)
+
+# %% ../nbs/02_data.ipynb #4edc4434
+def apart(
+    data,  # A `DataConfig`
+) -> list[tuple]:  # (settings whose `dataset` is one name, weight)
+    "`data` once for each corpus that it names"
+    if isinstance(data.dataset, str): return [(data, 1.0)]
+    parts = [part if isinstance(part, dict) else vars(part) for part in data.dataset]
+    own = {"dataset": "name", "dataset_config": "config", "dataset_revision": "revision", "text_column": "text_column"}
+    return [(SimpleNamespace(**vars(data) | {key: part[name] for key, name in own.items() if part.get(name)}),
+             part["weight"]) for part in parts]
 
 # %% ../nbs/02_data.ipynb #53a1298d
 def _nothing(path: Path) -> DataError:
@@ -388,10 +400,9 @@ def first_look(
     data_dir: Path,  # The workspace's data/ folder
 ) -> None:
     "Refuse local text that can be seen at once to be none; a built-in corpus and the hub are not looked at"
-    names = [data.dataset] if isinstance(data.dataset, str) else [part.name for part in data.dataset]
-    for name in names:
-        path = None if name in BUILTIN else _local(name, Path(data_dir))
-        if path is not None: _look(path, data.text_column)
+    for one, _ in apart(data):
+        path = None if one.dataset in BUILTIN else _local(one.dataset, Path(data_dir))
+        if path is not None: _look(path, one.text_column)
 
 # %% ../nbs/02_data.ipynb #12b82db1
 SMALL = 1 << 20  # bytes that are counted again each time
@@ -432,9 +443,8 @@ def open_mix(
     progress: Progress | None = None,  # Told how far it is
 ) -> list[tuple[Corpus, float]]:  # Each corpus with its share; the shares sum to 1
     "Open every corpus that `data.dataset` names; a single one is a mix of one"
-    if isinstance(data.dataset, str): return [(open_corpus(data, data_dir, notify, progress), 1.0)]
-    parts = [part if isinstance(part, dict) else vars(part) for part in data.dataset]
-    total = sum(part["weight"] for part in parts)
-    if not parts or not total > 0: raise DataError("A mix needs at least one dataset with a weight above 0, like "
-                                                   '{name = "python-docs", weight = 1}.')
-    return [(open_corpus(data, data_dir, notify, progress, part["name"]), part["weight"] / total) for part in parts]
+    parts = apart(data)
+    total = sum(weight for _, weight in parts)
+    if not total > 0: raise DataError("A mix needs at least one dataset with a weight above 0, like "
+                                      '{name = "python-docs", weight = 1}.')
+    return [(open_corpus(one, data_dir, notify, progress), weight / total) for one, weight in parts]

@@ -52,8 +52,9 @@ def choose_device(
                                     f"using {there[0]}"])
     if want in there: return want, f"asked for by {by[0].lower()}{by[1:]}"
     if want not in missing: raise UsageError(f"{by} asks for the device {want!r}; it can be auto, cuda, mps or cpu.")
+    best = "--device auto" if asked != "auto" else f"--device {there[0]}, or device = auto in settings.ini"
     raise UsageError(f"{by} asks for {want}, but {missing[want]}. Here there is: {', '.join(there)}.\n"
-                     f"Take the best of them: --device auto")
+                     f"Take the best of them: {best}")
 
 # %% ../nbs/01_device.ipynb #2a94dd86
 def fast_dtype(
@@ -129,7 +130,7 @@ class Resolution:
         "Set up this process as resolved; raises `UsageError` when the device is gone"
         if reason := why_not(self.device):
             raise UsageError(f"This run computes on {self.device} ({self.device_name}), but {reason}.\n"
-                             "Continue elsewhere, without exactness to the bit: --device auto")
+                             "Train on here from its weights, as a new run: llm-trainer train --init-from RUN")
         torch.set_num_threads(self.threads)
         if self.device == "cuda": os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.compile: torch.use_deterministic_algorithms(self.deterministic)  # tells the compiler, too, which takes a second to load

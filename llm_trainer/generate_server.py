@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 from llm_trainer.errors import LLMTrainerError, UsageError
+from llm_trainer.workspace import preferred_device
 
 LINE_LIMIT = 4_000_000  # characters of one request
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         from llm_trainer.sampler import load_for_generation
-        model, tokenizer = load_for_generation(folder, device)
+        model, tokenizer = load_for_generation(folder, device, preferred_device())
         send({"ready": True, "device": str(model.head.device), "context": model.config.seq_len,
               "vocabulary": model.vocab_size})
         serve(model, tokenizer, sys.stdin, send)

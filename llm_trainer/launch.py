@@ -19,7 +19,7 @@ from typing import Any
 from llm_trainer import failpoints, host
 from llm_trainer.checkpoint import Checkpoints
 from llm_trainer.errors import BusyError, CheckpointError, NotFoundError, UsageError
-from llm_trainer.records import CREATE, FULL, read_json, remove, sync_folder, write_whole
+from llm_trainer.records import CREATE, FULL, remove, sync_folder, write_whole
 from llm_trainer.runs import RUN_ID, Run, check_id, create_run, is_run, sweep
 from llm_trainer.workspace import Workspace
 
@@ -264,22 +264,15 @@ def plan_resume(
 
 
 def saved_steps(folder: Path) -> list[int]:
-    "The steps that `checkpoints/<run>` holds, oldest first"
-    try: entries = list(os.scandir(folder))
+    "The steps that `checkpoints/<run>` holds, oldest first; none where it can't be read"
+    try: return Checkpoints(folder, folder.name).steps()
     except OSError: return []
-    return sorted(int(e.name[5:]) for e in entries if e.name.startswith("step-") and e.name[5:].isdecimal()
-                  and e.is_dir(follow_symlinks=False))
 
 
 def _choose(run: Run, space: Workspace, steps: list[int], which: str | int) -> int:
-    "The step that `which` names"
-    if which == "latest": return steps[-1] if steps else 0
-    index = read_json(space.checkpoints / run.id / "index.json").get("checkpoints", {})
-    pinned = [int(step) for step, entry in index.items() if which in entry.get("pins", ())]
-    step = pinned[0] if pinned else int(which) if str(which).isdecimal() else None
-    if step in steps: return step
-    have = ", ".join(map(str, steps[-8:])) or "none"
-    raise NotFoundError(f"{run.id} has no checkpoint {which}; it has: {have}.\nSee them: llm-trainer verify {run.id}")
+    "The step that `which` names; 0, the start, for the latest and the best of none"
+    if not steps and which in ("latest", "best"): return 0
+    return Checkpoints(space.checkpoints / run.id, run.id, notify=lambda message: None).find(which)  # `_undamaged` tells
 
 
 def _undamaged(run: Run, space: Workspace, step: int, notify: Callable[[str], None]) -> int:

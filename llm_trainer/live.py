@@ -263,6 +263,13 @@ class Watch:
 
     def _run(self)->Run: return find_run(self.runs, self.run.value)
 
+    def _space(self):
+        "The workspace of the runs: the one found from here if they are its own, else the one around them"
+        try:
+            if (here := workspace.find()).runs == self.runs.resolve(): return here
+        except LLMTrainerError: pass
+        return workspace.find(self.runs)
+
     def _stop_run(self, run):
         "Stop needs two clicks: the second within five seconds"
         if self.stop.description == "stop":
@@ -283,14 +290,15 @@ class Watch:
 
     def _resume_run(self, run):
         "As many epochs more as the field beside the button says"
-        launch.resume(run, workspace.find(self.runs), more_epochs=self.more.value)
+        launch.resume(run, self._space(), more_epochs=self.more.value)
         return f"{run.id} goes on for {self.more.value} more epoch{'s' * (self.more.value > 1)}"
 
     def _generate(self, run):
         "A text from the run's best checkpoint, drawn by a process of its own: this kernel stays small"
         self._say("generating …")
-        command = [sys.executable, "-m", "llm_trainer.cli", "generate", run.id, f"--prompt={self.prompt.value}"]
-        done = subprocess.run(command, cwd=self.runs.parent, capture_output=True, text=True, errors="replace", timeout=600)
+        command = [sys.executable, "-P", "-m", "llm_trainer.cli", "generate", run.id, f"--prompt={self.prompt.value}"]
+        done = subprocess.run(command, env=launch.environment(self._space()), stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, errors="replace", timeout=600)
         if done.returncode: return done.stderr or done.stdout
         self.text.value = quote([dict(step=f"{run.id}, best checkpoint", prompt=self.prompt.value,
                                       text=done.stdout.removeprefix(self.prompt.value))])

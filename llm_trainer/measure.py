@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_trainer.batches import open_tokens, prepare_tokens
-from llm_trainer.config import DataConfig
+from llm_trainer.batches import prepare_tokens
+from llm_trainer.config import Config, DataConfig
 from llm_trainer.data import open_mix
 from llm_trainer.device import choose_device
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.tokenizer import Tokenizer
-from llm_trainer.trainer import evaluate, token_lengths
+from llm_trainer.train import recall
+from llm_trainer.trainer import Note, evaluate, token_lengths
 from llm_trainer.weights import load_model
 from llm_trainer.workspace import Workspace
 
@@ -50,6 +51,15 @@ def words(tokens: np.ndarray, tokenizer: Tokenizer, block: int = 1 << 16) -> int
     return count + bool(rest)
 
 
+def _validation(meta: dict, tokenizer: Tokenizer, space: Workspace, notify: Callable[[str], None]) -> list[np.ndarray]:
+    "The tokens a run was validated on; prepared again where they are gone, and only if they come out the same"
+    events = recall(meta, tokenizer, Config.from_dict(meta["config"]), space)
+    while True:
+        try: event = next(events)
+        except StopIteration as end: return [cache.val for cache in end.value.caches]
+        if isinstance(event, Note): notify(event.message)
+
+
 def measure(
     folder: Path,  # a checkpoint, or another Hugging Face folder
     space: Workspace,
@@ -76,7 +86,7 @@ def measure(
         if tokenizer.hash != meta.get("tokenizer_hash"):
             raise UsageError("The checkpoint's tokenizer is not the one its run was trained with.\n"
                              f"See what else is damaged: llm-trainer verify {meta.get('run_id')}")
-        texts = [open_tokens(space.data / cache).val for cache in meta["data"]["caches"]]
+        texts = _validation(meta, tokenizer, space, notify)
         name, split = meta.get("config", {}).get("data", {}).get("dataset"), "validation"
         if isinstance(name, list): name = " + ".join(part["name"] for part in name)
     else: raise UsageError(f"{folder} comes without a validation text. Name one: --data FILE.txt")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llm_trainer.records import read_json
 from llm_trainer.terminal import count, duration, size
+from llm_trainer.workspace import home
 
 # Within a few percent; they differ between versions of Python
 KNOWN_BYTES = {"python-docs": 2_030_000, "python-code": 11_000_000, "python-docs-tiny": 50_000}
@@ -59,7 +60,7 @@ def report(plan: dict) -> str:
               row("length", f"about {count(plan['train_tokens'])} tokens an epoch, {plan['steps']:,} steps, "
                   f"{duration(plan['seconds'])} of stepping" if plan["train_tokens"] else
                   f"{plan['steps']:,} steps, {duration(plan['seconds'])}" if plan["steps"] else
-                  "known once the data is here: llm-trainer prepare"), "", "Nothing was created."]
+                  "known once the data is here: llm-trainer prepare, with the same flags"), "", "Nothing was created."]
     return "\n".join(lines)
 
 
@@ -97,7 +98,7 @@ def _corpus_tokens(data, vocab: int, folder: Path) -> int | None:
     caches = [read_json(record) for record in folder.glob("tokens-*/meta.json")]
     counted = {c["corpus"]: c["train_tokens"] for c in caches if c.get("vocab_size") == vocab and "corpus" in c}
     if set(names) <= set(counted): return sum(counted[name] for name in names)
-    sizes = [KNOWN_BYTES.get(name) or _bytes(Path(name).expanduser()) for name in names]
+    sizes = [KNOWN_BYTES.get(name) or _bytes(home(name)) for name in names]
     if not all(sizes): return None
     per_token = 1.0 if data.tokenizer in ("byte", "char") else 2.57 + 0.45 * max(0.0, math.log2(vocab / 1024))
     return int(sum(sizes) * (1 - data.val_fraction) / per_token)

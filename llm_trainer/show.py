@@ -20,7 +20,7 @@ HELPS = {
     "oom": "fewer sequences at once, the same tokens a step: llm-trainer train {config}--batch-size {half} "
            "--grad-accum-steps {double}",
     "disk_full": "make room, then: llm-trainer resume {id}",
-    "data": "look at the message, then: llm-trainer prepare",
+    "data": "look at the message, mend the text, then: llm-trainer resume {id}",
     "non_finite": "the best checkpoint, a lower learning rate: llm-trainer resume {id} --checkpoint best --lr {lower}",
     "crashed": "nothing saved is lost: llm-trainer resume {id}",
     "stalled": "see what it does: llm-trainer logs {id}   or end it: llm-trainer stop {id} --now",

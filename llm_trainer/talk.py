@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.frontend import convert, nearest
 from llm_trainer.terminal import clean
+from llm_trainer.workspace import home
 
 if TYPE_CHECKING: from llm_trainer.sampler import Completion  # which loads torch; prompts are read before that
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING: from llm_trainer.sampler import Completion  # which loads torc
 def read_text(path: str) -> str:
     "A file (`-`: standard input) as text, byte for byte; bytes that are no UTF-8 survive as lone surrogates"
     if path == "-": return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    try: return Path(path).expanduser().read_bytes().decode("utf-8", "surrogateescape")
+    try: return home(path).read_bytes().decode("utf-8", "surrogateescape")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise NotFoundError(f"The file {clean(path, '')!r} can't be read: {why}.\n"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.errors import NotFoundError, UsageError
+from llm_trainer.terminal import clean
 
 SETTINGS = """\
 # Marks the workspace root of llm_trainer: every command finds its folders by walking up to this file.
@@ -34,6 +35,14 @@ class Workspace:
     device: str = "auto"
 
 
+def home(path: Path | str) -> Path:
+    "`path`, where ~ and ~user stand for a home folder; NotFoundError for that of nobody"
+    try: return Path(path).expanduser()
+    except RuntimeError:
+        raise NotFoundError(f"There is no home folder for the beginning of {clean(str(path)[:200], '')}.\n"
+                            "Write the path out; a name that really begins with ~ is given as ./~name.") from None
+
+
 def _settings(root: Path) -> configparser.SectionProxy | None:
     "The `[llm_trainer]` section of `root/settings.ini`, or None where there is none"
     parser = configparser.ConfigParser(interpolation=None)
@@ -47,15 +56,15 @@ def open_workspace(root: Path) -> Workspace:
     s = _settings(root)
     if s is None: raise NotFoundError(f"{root} is no workspace: it has no settings.ini with a section "
                                       f"[llm_trainer].\nMake one: llm-trainer init {root}")
-    folder = lambda key: (root / Path(s.get(key, key)).expanduser()).resolve()
+    folder = lambda key: (root / home(s.get(key, key))).resolve()
     return Workspace(root, folder("data"), folder("checkpoints"), folder("runs"), folder("configs"),
                      s.get("config", "default"), s.get("device", "auto"))
 
 
 def find(start: Path | str | None = None) -> Workspace:
     "The workspace around `start` (default: `$LLM_TRAINER_HOME`, else the current folder and those above it)"
-    home = os.environ.get("LLM_TRAINER_HOME")
-    if start is None and home: return open_workspace(Path(home).expanduser().resolve())
+    there = os.environ.get("LLM_TRAINER_HOME")
+    if start is None and there: return open_workspace(home(there).resolve())
     here = Path(start or ".").resolve()
     for folder in (here, *here.parents):
         if _settings(folder) is not None: return open_workspace(folder)
@@ -64,9 +73,15 @@ def find(start: Path | str | None = None) -> Workspace:
                         "or name one: export LLM_TRAINER_HOME=/path/to/workspace")
 
 
+def preferred_device() -> str:
+    "The device of settings.ini; a model folder is used outside a workspace, too"
+    try: return find().device
+    except NotFoundError: return "auto"
+
+
 def init(folder: Path | str = ".") -> Workspace:
     "Make `folder` a workspace; what is already there stays as it is"
-    root = Path(folder).expanduser().resolve()
+    root = home(folder).resolve()
     if root.exists() and not root.is_dir(): raise UsageError(f"{root} is a file; a workspace is a folder.")
     if _settings(root) is None:
         if (root / "settings.ini").exists():

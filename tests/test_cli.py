@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_trainer import cli, follow, runs, workspace
+from llm_trainer.tokenizer import train_tokenizer
 from llm_trainer.trainer import Evaluated, Phase, Saved, Step
 from llm_trainer.worker import Doing
 
@@ -131,7 +132,12 @@ def test_wrong_arguments_are_refused_and_touch_nothing(space): assert fuzz(2000,
     (["resume", "--more-epochs", "0"], 2, "more-epochs"),
     (["resume", "--lr-plan", "rewrm"], 2, "Did you mean rewarm?"),
     (["runs", "--csv", "nobody"], 3, "There is no run"),
+    (["train", "--dataset", f"./{'x' * 300}"], 3, "no file or folder"),
     (["watch"], 2, "needs a terminal"),
+    *((argv.split(), 3, "no home folder") for argv in (
+        "init ~nobody-here/x", "train --config ~nobody-here/x.toml", "train --dataset ~nobody-here/x",
+        "train --tokenizer ~nobody-here/x", "generate --prompt x --output ~nobody-here/x", "export --out ~nobody-here/x",
+        "generate --prompt-file ~nobody-here/x", "generate --prompts ~nobody-here/x")),
 ])
 def test_bad_input_gives_one_message(space, capsys, argv, code, says):
     if "--more-epochs" in argv: runs.create_run(space.runs, {"training": {}}, name="some")
@@ -185,12 +191,14 @@ def write_run(space, name, ends=None, steps=20):
 
 def test_status_tells_each_end_and_the_command_that_helps(space, capsys):
     ends = {"good": ("completed",), "big": ("failed", "oom", "Memory ran out: \x1b[31m3 GB"), "killed": None,
-            "wild": ("diverged", "non_finite", "ten steps in a row"), "full": ("failed", "disk_full", "No space")}
+            "wild": ("diverged", "non_finite", "ten steps in a row"), "full": ("failed", "disk_full", "No space"),
+            "gone": ("failed", "data", "no file or folder")}
     for name, end in ends.items(): write_run(space, name, end)
     says = {"good": ["✓ completed", "step 20 of 20", "4.2500"],
             "big": ["✗ failed", "oom: Memory ran out: 3 GB", "--batch-size 4"],
             "killed": ["✗ crashed", "llm-trainer resume killed", "the end of its log"],
-            "wild": ["✗ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"]}
+            "wild": ["✗ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"],
+            "gone": ["llm-trainer resume gone"]}
     for name, texts in says.items():
         assert cli.main(["status", name]) == 0
         out = capsys.readouterr().out
@@ -341,6 +349,26 @@ def test_what_a_first_look_shows_to_be_no_text_is_refused_before_there_is_a_run(
     assert files(space.root) == before
 
 
+def test_a_name_means_the_same_to_a_worker_that_stands_elsewhere(space, tmp_path_factory, monkeypatch):
+    "What lies here comes before what has its name in the workspace, and the run's config says where it is"
+    here = tmp_path_factory.mktemp("books")
+    for folder in (here / "data", space.data):
+        folder.mkdir(exist_ok=True)
+        (folder / "text.txt").write_text(f"{folder} " * 99)
+        train_tokenizer("byte", 257, ()).save(folder / "tokens.d")
+    (space.data / "only.txt").write_text("in data/ only " * 99)
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(space.root))
+    monkeypatch.chdir(here)
+    settled = lambda **knobs: cli._config(space, "tiny", knobs).data
+    found = settled(dataset="data", tokenizer="data/tokens.d", text_column="text")
+    assert (found.dataset, found.tokenizer, found.text_column) == (f"{here}/data", f"{here}/data/tokens.d", "text")
+    assert settled(dataset="only.txt").dataset == str(space.data / "only.txt")
+    assert settled(dataset="python-docs").dataset == "python-docs" and settled(dataset="a/b").dataset == "a/b"
+    (space.configs / "mix.toml").write_text('data.dataset = [{name = "data", weight = 2.0, config = "c"}, {name = "python-docs"}]')
+    mix = cli._config(space, "mix", {}).data.dataset
+    assert [(part.name, part.weight, part.config) for part in mix] == [(f"{here}/data", 2, "c"), ("python-docs", 1, None)]
+
+
 def test_a_text_that_is_too_short_leaves_nothing(space):
     (space.root / "short.txt").write_text("Too short. " * 20)
     for verb in ("train", "prepare"):
@@ -370,6 +398,15 @@ def test_resume_of_a_completed_run_has_nothing_to_do(trained):
     for text in ("from       step 12 of done", "lr plan    hold", "lr         ", "86 more"): assert text in ran.stdout
     ran = program(trained, "resume", "done", "--n_layer", "3")
     assert ran.returncode == 2 and "n_layer" in ran.stderr
+
+
+def test_evaluate_prepares_again_what_was_removed(trained):
+    before = program(trained, "evaluate", "done", "--json")
+    shutil.rmtree(trained.root / "data")
+    (trained.root / "data").mkdir()
+    again = program(trained, "evaluate", "done", "--json")
+    assert again.returncode == 0 and "They are prepared again." in again.stderr, again.stderr
+    assert json.loads(again.stdout) == json.loads(before.stdout)
 
 
 def test_verify_and_export(trained, tmp_path):

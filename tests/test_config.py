@@ -138,6 +138,10 @@ def test_a_tokenizer_is_a_kind_or_a_path():
     assert load_config("tiny", {"tokenizer": "./bite"}).data.tokenizer == "./bite"
 
 
+def test_a_text_is_not_empty():
+    for name in ("sample_prompt", "dataset"): assert "a text" in (said := refusal("tiny", {name: ""})) and 'not ""' in said
+
+
 def test_a_mix_of_datasets(tmp_path):
     file = written(tmp_path, '[data]\ndataset = [{name = "python-docs", weight = 2}, {name = "python-code"}]\n')
     assert [(s.name, s.weight) for s in load_config(file).data.dataset] == [("python-docs", 2.0), ("python-code", 1.0)]
@@ -235,6 +239,8 @@ def test_changes_and_what_resume_allows():
 def test_settings_without_effect_are_told():
     told = idle(load_config("tiny", {"tokenizer": "byte", "decay_fraction": 0.5}))
     assert [line.split()[0] for line in told] == ["vocab_size", "decay_fraction"]
+    mixed = lambda *configs: Config().replace(dataset=[{"name": "a/b", "config": c} for c in configs], dataset_config="all")
+    assert idle(mixed("one", None)) == [] and "its own config" in idle(mixed("one", "two"))[0]
 
 
 def test_a_config_is_frozen_and_shows_its_differences():

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from llm_trainer.cache import prepared, read_record
-from llm_trainer.data import census, cut, find_files, open_corpus, open_files, open_mix, place, scan, threshold
+from llm_trainer.config import DataConfig, Source
+from llm_trainer.data import census, cut, find_files, first_look, open_corpus, open_files, open_mix, place, scan, threshold
 from llm_trainer.errors import DataError, NotFoundError
 
 QUIET = lambda message: None
@@ -173,6 +174,22 @@ def test_a_mix_opens_each_with_its_share(tmp_path, data):
     parts = [{"name": str(tmp_path / "a.txt"), "weight": 3}, {"name": str(tmp_path / "b.txt"), "weight": 1}]
     mix = open_mix(SimpleNamespace(dataset=parts, text_column=None, val_fraction=0.1), data, QUIET)
     assert [share for _, share in mix] == [0.75, 0.25] and mix[0][0].fingerprint != mix[1][0].fingerprint
+
+
+def test_each_part_of_a_mix_has_its_own_column_configuration_and_revision(tmp_path, data, monkeypatch):
+    jsonl(tmp_path / "a.jsonl", [{"title": f"title {i}", "text": f"text {i}"} for i in range(50)])
+    jsonl(tmp_path / "b.jsonl", [{"title": f"title {i}", "body": f"body {i}"} for i in range(50)])
+    asked = []
+    monkeypatch.setattr("llm_trainer.hub.open_hub", lambda name, data, *_: asked.append(
+        (name, data.dataset_config, data.dataset_revision, data.text_column)) or mix[0][0])
+    local = ({"name": str(tmp_path / "a.jsonl"), "text_column": "title"}, {"name": str(tmp_path / "b.jsonl")})
+    hub = ({"name": "some/one", "config": "raw", "revision": "c0ffee"}, {"name": "some/two"})
+    settings = lambda *parts: DataConfig(dataset=[Source(**part) for part in parts], dataset_config="all", text_column="body")
+    first_look(settings(*local), data)
+    mix = open_mix(settings(*local), data, QUIET)
+    assert [next(corpus.documents("train")).split()[0] for corpus, _ in mix] == ["title", "body"]
+    open_mix(settings(*hub), data, QUIET)
+    assert asked == [("some/one", "raw", "c0ffee", "body"), ("some/two", "all", None, "body")]
 
 
 # -- built in

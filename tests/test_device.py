@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +46,10 @@ def test_the_config_wins_over_the_preference_of_the_workspace():
 def test_a_device_that_is_not_there_is_refused_with_the_reason(device):
     with pytest.raises(UsageError) as e: resolve(TrainConfig(device=device))
     assert why_not(device) in str(e.value) and "there is: " in str(e.value) and "cpu" in str(e.value)
-    with pytest.raises(UsageError, match="settings.ini asks for"): resolve(TrainConfig(), prefer=device)
+    with pytest.raises(UsageError, match="settings.ini asks for(.|\n)*--device cpu, or device = auto in settings.ini"):
+        resolve(TrainConfig(), prefer=device)  # --device auto would ask settings.ini again
+    with pytest.raises(UsageError, match="llm-trainer train --init-from RUN"):  # the device of a run is fixed
+        replace(cpu(), device=device).apply()
 
 
 def test_a_device_that_does_not_exist_is_refused():

@@ -2,8 +2,10 @@
 
 Where a test needs a moment that real training passes too quickly, a stand-in yields the events of a trainer slowly; it
 is driven by the same `worker.work`."""
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,9 +399,7 @@ def trained(space):
     writer.finish("stopped")
     run.lock.release()
     store = Checkpoints(space.checkpoints / run.id, run.id)
-    for n in (10, 20): store.save(n, lambda folder: (folder / "weights").write_bytes(b"w") and None)
-    index = '{"checkpoints": {"10": {"pins": ["best"]}, "20": {"pins": []}}}'
-    (space.checkpoints / run.id / "index.json").write_text(index)
+    for n in (10, 20): store.save(n, lambda folder: (folder / "weights").write_bytes(b"w") and None, val_loss=n)
     return Run(run.folder)
 
 
@@ -446,10 +446,25 @@ def test_an_older_step_makes_a_new_run_with_a_parent(trained, space):
     assert heir.attempts()[0]["from_step"] == 10 and len(trained.attempts()) == 1 and not trained.locked
 
 
+def test_the_best_is_the_latest_before_an_evaluation_and_the_start_before_a_checkpoint(trained, space):
+    "What is suggested to a run that diverged early works"
+    index = space.checkpoints / "trained" / "index.json"
+    said, again = [], lambda: launch.plan_resume(trained, space, checkpoint="best", changes={"lr": 1e-4}, notify=said.append)
+    content = json.loads(index.read_bytes())
+    content["checkpoints"]["20"]["pins"] = ["best", "latest"]
+    index.write_text(json.dumps(content))  # damaged: its digest is not this content's
+    assert (again().from_step, again().fork, "index.json" in said[0]) == (20, False, True)
+    index.unlink()
+    assert (again().from_step, again().fork) == (20, False)
+    shutil.rmtree(index.parent)
+    assert again().from_step == 0 and again().changed == {"lr": [tiny().training.lr, 1e-4]}
+    with pytest.raises(NotFoundError, match="no checkpoint"): launch.plan_resume(trained, space, checkpoint="20")
+
+
 def test_what_cannot_change_is_refused_and_nothing_is_written(trained, space):
     before = trained.attempts(), trained.state()
     for kw, error in ((dict(changes={"n_layer": 9}), UsageError), (dict(changes={"lr": -1}), UsageError),
-                      (dict(checkpoint=15), NotFoundError), (dict(checkpoint="worst"), NotFoundError),
+                      *((dict(checkpoint=which), NotFoundError) for which in (15, "²", "worst")),
                       (dict(more_epochs=0), UsageError), (dict(lr_plan="up"), UsageError)):
         with pytest.raises(error): launch.resume(trained, space, background=False, **kw)
     assert (trained.attempts(), trained.state()) == before and not trained.locked

@@ -12,7 +12,7 @@ LAYERS = [
     {"device", "cache", "builtin", "hub", "data", "tokenizer"},
     {"batches", "model", "weights", "cost", "optimizer", "checkpoint"},
     {"trainer", "filters", "decode", "gpu", "sampler"},
-    {"train", "measure", "worker", "launch", "generate_server"},
+    {"train", "measure", "worker", "launch", "settle", "generate_server"},
     {"frontend", "show", "follow", "talk", "doctor", "plan", "cli", "tui", "live"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

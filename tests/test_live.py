@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("ipywidgets", reason="the live view needs: pip install 'llm_trainer[notebook]'")
 
+from llm_trainer import launch, workspace
 from llm_trainer.live import Curves, headline, picture, png, quote, safe, smooth, thin, watch
 from llm_trainer.records import encode
 from llm_trainer.runs import create_run, find_run
@@ -206,6 +207,22 @@ def test_a_logarithmic_picture_has_plain_numbers(runs):
     fig = picture([curves], log=True)
     fig.canvas.draw()
     assert not any("10^" in t.get_text() for axis in fig.axes for t in axis.get_yticklabels(which="both"))
+
+
+@pytest.mark.parametrize("elsewhere", ["another home is exported", "runs/ lies outside the root"])
+def test_a_text_is_generated_in_the_workspace_of_the_runs(tmp_path, view, monkeypatch, elsewhere):
+    space, other = workspace.init(tmp_path / "space"), workspace.init(tmp_path / "other")
+    home = other
+    if "outside" in elsewhere:
+        (space.root / "settings.ini").write_text(f"[llm_trainer]\nruns = {tmp_path}/far/runs")
+        home = space = workspace.init(space.root)
+    monkeypatch.setenv("LLM_TRAINER_HOME", str(home.root))
+    write(space.runs, "known")
+    v, asked = view("known", space.runs), []
+    assert "known has no checkpoint" in (said := v._generate(v._run())), said
+    monkeypatch.setattr(launch, "resume", lambda run, space, **how: asked.append(space.root))
+    v._resume_run(v._run())
+    assert asked == [space.root]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import queue
 import random
 import subprocess
@@ -345,6 +346,15 @@ def test_the_server_stops_a_text_that_is_cancelled(tokenizer):
     thread = threading.Thread(target=serve, args=(wild("gpt2"), tokenizer, iter(lines.get, None), send))
     thread.start(); thread.join(60)
     assert out[-1]["finish"] == "cancelled" and 2 <= out[-1]["tokens"] < 100_000
+
+
+def test_the_child_process_takes_the_device_of_the_workspace(tokenizer, tmp_path):
+    save_weights(wild("qwen3"), tmp_path, 256)
+    tokenizer.save(tmp_path)
+    (tmp_path / "settings.ini").write_text("[llm_trainer]\ndevice = nonesuch")
+    done = subprocess.run([sys.executable, "-m", "llm_trainer.generate_server", str(tmp_path)], input="", capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "LLM_TRAINER_HOME": str(tmp_path)})
+    assert done.returncode == 2 and "settings.ini asks for the device 'nonesuch'" in json.loads(done.stdout)["error"]
 
 
 def test_the_child_process_speaks_json_lines_only(tokenizer, tmp_path):

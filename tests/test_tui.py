@@ -15,6 +15,7 @@ from textual.widgets import Input, Select
 from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
                        text_of, told, until)
 
+from llm_trainer import launch
 from llm_trainer.runs import Run
 from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.glyphs import braille, line, to_ascii
@@ -413,6 +414,34 @@ async def test_the_form_knows_the_bounds_and_names_the_field(world):
         await shows(pilot, "must be a number above 0")
         await press(pilot, "ctrl+s")
         assert len(list(world.space.runs.iterdir())) == 6
+
+
+async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_rest(world, monkeypatch):
+    monkeypatch.chdir(world.space.root)
+    loaded = "torch" in sys.modules
+    (world.space.root / "photo.txt").write_bytes(b"JFIF\0")
+    async with world.app().run_test(size=(100, 30)) as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "n")
+        await shows(pilot, "[model]", "run name")
+        screen = pilot.app.screen
+        screen.query_one("#profile", Select).value = "tiny"
+        await until(pilot, lambda: screen.query_one("#value-n_embd", Input).value == "32")
+        for name, value, says in (("init_from", "nobody", "There is no run nobody"), ("init_from", RUNNING, "config.json"),
+                                  ("dataset", "photo.txt", "NUL bytes")):
+            screen.query_one(f"#value-{name}", Input).value = value
+            await shows(pilot, "1 changed")
+            await press(pilot, "ctrl+s")
+            await shows(pilot, says)
+            screen.query_one(f"#value-{name}", Input).value = screen.query_one(f"#field-{name}").base
+        assert len(list(world.space.runs.iterdir())) == 6
+        screen.query_one("#run-name", Input).value = "fresh"
+        screen.query_one("#value-lr", Input).value = "0.00123456789"
+        await shows(pilot, "1 changed")
+        await press(pilot, "ctrl+s", "ctrl+s")
+        await until(pilot, lambda: pilot.app.screen is not screen)
+    launch.stop(run := Run(world.space.runs / "fresh"), now=True)
+    assert run.config()["training"]["lr"] == 0.00123456789 and ("torch" in sys.modules) == loaded
 
 
 # -- Finding one's way --

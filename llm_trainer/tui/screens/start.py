@@ -1,6 +1,9 @@
 """Start a run: a profile, and every setting with its reason; only what you change is passed on."""
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from textual.widgets import Input, Label, Select, Static
 
 from llm_trainer import config as settings
 from llm_trainer.errors import LLMTrainerError
+from llm_trainer.launch import environment
 from llm_trainer.tui.glyphs import line
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.top_bar import TopBar
@@ -103,7 +107,7 @@ class StartScreen(Screen[str | None]):
         yield KeyBar()
 
     def on_mount(self) -> None:
-        self.problem = ""
+        self.problem, self.starting = "", False
         self.query_one(TopBar).show(["llm_trainer", "new run"], [])
         self._profile()
 
@@ -178,16 +182,26 @@ class StartScreen(Screen[str | None]):
             field.reset(field.base, field.input.placeholder)
             self._check()
 
-    @work(thread=True, exclusive=True, group="start")
     def action_start(self) -> None:
-        from llm_trainer import launch
-        say = lambda text: self.app.call_from_thread(self._about, text, True)
-        try:
-            config = self.config()
-            profile = self.query_one("#profile", Select).value
-            argv = ["train", "--config", profile, *(f"--{name}={shown(value)}" for name, value in self.overrides().items())]
-            run = launch.start(config, self.app.workspace, name=self.query_one("#run-name", Input).value.strip() or None,
-                               note=self.query_one("#note", Input).value.strip() or None, argv=argv, background=True)
-        except (LLMTrainerError, OSError) as problem: return say(str(problem))
-        self.app.call_from_thread(self.app.notify, f"{run.id} is on its way; it goes on when you close the watcher.")
-        self.app.call_from_thread(self.dismiss, run.id)
+        if self.problem: return self._about(self.problem.splitlines()[0], True)
+        if self.starting: return
+        self.starting = True
+        self._about("looking at what is named …")
+        given = {field.knob.name: field.input.value.strip() for field in self.query(Field) if field.changed}
+        given |= {"name": self.query_one("#run-name", Input).value.strip(), "note": self.query_one("#note", Input).value.strip()}
+        self._start(["train", "--config", self.query_one("#profile", Select).value, "--background", "--json",
+                     *(f"--{name}={text}" for name, text in given.items() if text)])
+
+    @work(thread=True, group="start")
+    def _start(self, words: list[str]) -> None:
+        "By the command line, in a process of its own: it finds and checks what is named, and may load torch for it"
+        done = subprocess.run([sys.executable, "-P", "-m", "llm_trainer.cli", *words], env=environment(self.app.workspace),
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        self.app.call_from_thread(self._started, done)
+
+    def _started(self, done: subprocess.CompletedProcess[str]) -> None:
+        self.starting = False
+        if done.returncode: return self._about(done.stderr.removeprefix("llm-trainer: "), True)
+        run_id = json.loads(done.stdout)["run_id"]
+        self.app.notify(f"{run_id} is on its way; it goes on when you close the watcher.")
+        if self.is_current: self.dismiss(run_id)
