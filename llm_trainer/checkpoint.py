@@ -356,7 +356,7 @@ class Checkpoints:
             raise SaveFailed(f"Step {step} could not be saved in {self.folder}: {e.strerror or e}. Earlier checkpoints "
                              "are intact.", self.run_id, e.errno) from e
         self.record(step, val_loss, verified_at=_now())
-        self.prune()
+        self.prune(step)
         return SavedInfo(final, total, time.perf_counter() - started)
 
     def _newest_size(self) -> int:
@@ -379,11 +379,12 @@ class Checkpoints:
             if prefix == ".old" and not (self.folder / name).exists(): os.rename(entry.path, self.folder / name)
             elif prefix in (".tmp", ".old"): shutil.rmtree(entry.path, ignore_errors=True)
 
-    def prune(self) -> None:
+    def prune(self, newest: int) -> None: # The step just saved; what is newer was damaged, or the run would have gone on there
         "Remove the oldest checkpoints beyond `keep` that nobody pinned; trouble is said and tried again next time"
         index = self.index()
         try:
-            for step in [s for s in list(index)[:-self.keep] if not index[s]["pins"]] if self.keep else []:
+            for step in [s for s in index if s <= newest][:-self.keep] if self.keep else []:
+                if index[step]["pins"]: continue
                 failpoints.hit("prune.before")
                 dying = self.folder / f".tmp-{step_name(step)}"
                 os.rename(self.path(step), dying)
@@ -457,11 +458,11 @@ class Checkpoints:
         return NotFoundError(f"Run {self.run_id} has no checkpoint {step!r}; it has: {have}.\n"
                              f"See them: llm-trainer verify {self.run_id}")
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> dict[int, list[str]]: # step → problems
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> dict[int, list[str]]: # step → problems
         "Re-read every checkpoint; the good ones are noted in the index as verified"
-        found = {}
-        for step in self.steps():
+        found, steps = {}, self.steps()
+        for step in steps:
             found[step] = verify(self.path(step), run_id=self.run_id)
-            if progress: progress(step)
+            if progress: progress(len(found), len(steps))
             if not found[step]: self.record(step, None, verified_at=_now())
-        return found
+        return {step: problems for step, problems in found.items() if self.path(step).exists()} # the run goes on meanwhile

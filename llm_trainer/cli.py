@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +61,14 @@ def _run(text: str | None = None):
     "The run that `text` (an id or the unique beginning of one; None: the newest) names"
     from llm_trainer.runs import find_run
     return find_run(workspace.find().runs, text)
+
+
+@contextmanager
+def _progress(quiet: bool):
+    "What shows events on the screen, and what shows how far something is: (what, done, of how much)"
+    from llm_trainer import follow
+    from llm_trainer.worker import Doing
+    with follow.screen(quiet) as screen: yield screen, lambda *how_far: screen(Doing(*how_far))
 
 
 def _tell(message: str):
@@ -122,9 +132,7 @@ def prepare(
     settings = _config(space, config, knobs)
     from llm_trainer import follow
     from llm_trainer.train import prepare as events
-    from llm_trainer.worker import Doing
-    with follow.screen(quiet=json) as screen:
-        material = follow.exhaust(events(settings, space, progress=lambda *how_far: screen(Doing(*how_far))), screen)
+    with _progress(json) as (screen, told): material = follow.exhaust(events(settings, space, progress=told), screen)
     meta = material.meta
     found = {**{k: v for k, v in meta["data"].items() if k in ("train_tokens", "val_tokens")},
              "vocab_size": meta["vocab_size"], "tokenizer_hash": meta["tokenizer_hash"]}
@@ -438,7 +446,9 @@ def evaluate(
     if data is not None: first_look(Config().replace(dataset=data).data, space.data)
     weights(run, checkpoint, need=(), notify=_tell)  # what is not there is said before torch is loaded
     from llm_trainer.measure import measure
-    _, found = _with_weights(run, checkpoint, lambda folder: measure(folder, space, meta, data, stride, device, notify=_tell))
+    with _progress(json) as (_, told):
+        _, found = _with_weights(run, checkpoint, lambda folder: measure(folder, space, meta, data, stride, device, notify=_tell,
+                                                                         progress=told))
     if json: return print(show.as_json(found))
     show.say(show.facts(found))
 
@@ -450,7 +460,7 @@ def verify(
 ):
     "Read a run's checkpoints again and check every file"
     found = _run(run)
-    problems = _checkpoints(found).verify()
+    with _progress(json) as (_, told): problems = _checkpoints(found).verify(partial(told, "verifying"))
     damaged = {step: faults for step, faults in problems.items() if faults}
     if json: print(show.as_json({"run_id": found.id, "checkpoints": problems, "damaged": len(damaged)}))
     elif not problems: show.say(f"Run {found.id} has no checkpoint yet, so there is nothing to verify.")

@@ -24,8 +24,9 @@ from .errors import ConfigError, NotFoundError, UsageError
 from .terminal import clean
 
 # %% auto #0
-__all__ = ['Text', 'setting', 'Group', 'ModelConfig', 'Source', 'DataConfig', 'TrainConfig', 'SampleConfig', 'Config', 'Knob',
-           'fields', 'changes', 'differences', 'profiles', 'load_config', 'allowed_changes', 'idle', 'reference']
+__all__ = ['Text', 'LR_SETTINGS', 'setting', 'Group', 'ModelConfig', 'Source', 'DataConfig', 'TrainConfig', 'SampleConfig',
+           'Config', 'Knob', 'fields', 'changes', 'differences', 'profiles', 'load_config', 'allowed_changes', 'idle',
+           'reference']
 
 # %% ../nbs/00_config.ipynb #514d7afb
 def setting(
@@ -210,6 +211,8 @@ class TrainConfig(Group):
     def _falls(self):
         if self.min_lr > self.lr: raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g})")
         return self
+
+LR_SETTINGS = "lr", "min_lr", "schedule", "warmup_steps", "decay_fraction" # Of which the plan of learning rates is made
 
 # %% ../nbs/00_config.ipynb #838e5fb9
 class SampleConfig(Group):

@@ -16,7 +16,7 @@ import random
 import resource
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +154,11 @@ class Resolution:
                     attention="attention kernel", deterministic="deterministic", torch_version="PyTorch")
         return [f"{label}: {getattr(self, name)} then, {getattr(other, name)} now" for name, label in what.items()
                 if getattr(self, name) != getattr(other, name)]
+
+    def inexact(self) -> list[str]: # One clause each; none: exact to the bit
+        "Why a run that was resolved so may go on with other bits here and now"
+        here = replace(self, device_name=device_name(self.device), torch_version=torch.__version__)
+        return self.differs(here) + ["deterministic is off"] * (not self.deterministic)
 
 # %% ../nbs/01_device.ipynb #c9f6f5cd
 def resolve(

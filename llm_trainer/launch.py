@@ -254,6 +254,7 @@ def plan_resume(
         raise UsageError(f"{run.id} is past that: step {step:,}, epoch {reached:.2f}.\n"
                          f"Name a target ahead of it, or train on: llm-trainer resume {run.id} --more-epochs 1")
     fork = bool(steps) and step < steps[-1]
+    if not (lr_plan or more_epochs): lr_plan = _lr_plan(run, changed)
     good = _undamaged(run, space, step, notify) if steps else 0
     if good != step and checkpoint not in ("latest", "best"):
         raise CheckpointError(f"Checkpoint {step} of {run.id} is damaged.\nSee what is left: llm-trainer verify {run.id}")
@@ -285,6 +286,14 @@ def _target(run: Run, state: dict[str, Any]) -> tuple[float, int | None]:
     training = run.config().get("training", {})
     for last in reversed(run.attempts()): return last.get("target_epochs"), last.get("target_steps")
     return training.get("epochs", 1), training.get("max_steps") or None
+
+
+def _lr_plan(run: Run, changed: dict[str, list]) -> str | None:
+    "What the last attempt was to do with the learning rate; nothing where a change asks for a plan of its own"
+    if changed:
+        from llm_trainer.config import LR_SETTINGS
+        if changed.keys() & {"epochs", "max_steps", *LR_SETTINGS}: return None
+    return run.attempts()[-1].get("lr_plan") if run.attempts() else None
 
 
 def _planned(state: dict[str, Any], epochs: float, limit: int | None) -> float:

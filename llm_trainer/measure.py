@@ -69,6 +69,7 @@ def measure(
     device: str = "auto",
     batch_size: int = 8,
     notify: Callable[[str], None] = print,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,  # told of tokens
 ) -> dict:
     "The figures of one model on one text, and what they were taken with"
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
@@ -78,7 +79,7 @@ def measure(
         raise UsageError(f"--stride goes from 1 to the model's context of {context}, not {stride}.")
     if data is not None:
         corpora = [corpus for corpus, _ in open_mix(DataConfig(dataset=data), space.data, notify)]
-        caches = [prepare_tokens(corpus, tokenizer, space.data, notify) for corpus in corpora]
+        caches = [prepare_tokens(corpus, tokenizer, space.data, notify, progress) for corpus in corpora]
         texts = [np.concatenate([c.train, c.val[1:]]) for c in caches]  # without the second one's leading <|endoftext|>
         name, split = data, "all"
     elif meta.get("data"):
@@ -91,8 +92,13 @@ def measure(
     else: raise UsageError(f"{folder} comes without a validation text. Name one: --data FILE.txt")
     if not any(len(t) > 1 for t in texts): raise DataError(f"{name} has no text to measure on.")
     where = torch.device(choose_device(device, space.device)[0])
-    batches = (batch for text in texts for batch in strided(text, context, stride, batch_size))
-    found = evaluate(model.to(where), batches, token_lengths(tokenizer), where)
+
+    def batches():
+        done, total = 0, sum(map(len, texts))
+        for x, y in (batch for text in texts for batch in strided(text, context, stride, batch_size)):
+            yield x, y
+            progress("measuring", done := done + int((y >= 0).sum()), total)
+    found = evaluate(model.to(where), batches(), token_lengths(tokenizer), where)
     n_words = sum(words(text, tokenizer) for text in texts)
     return {"data": str(name), "split": split, "loss": found["loss"], "perplexity": found["perplexity"],
             "word_perplexity": math.exp(min(700, found["nats"] / max(1, n_words))),

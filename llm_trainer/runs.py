@@ -98,7 +98,7 @@ def patience(
     state: dict[str, Any] # As in state.json
 ) -> float: # Seconds
     "How long a run may be silent before it counts as stalled"
-    usual = max(60, 10 * (state["step_seconds"] or 0))
+    usual = max(60, 10 * (state["step_seconds"] or 60)) # before two steps are done nobody knows how long one takes
     return usual if state["phase"] in ("training", "sampling") else max(600, 10 * usual)
 
 
@@ -424,6 +424,7 @@ class RunWriter:
 
     def _on_phase(self, e):
         if e.name not in ("training", "evaluating", "saving", "sampling"): self.say(e.name)
+        if e.name == "saving" and "save" in self._asked | self.signals: self.acknowledge("save")
         self.update(status="running", phase="stopping" if self._stopping else e.name, progress=None)
 
     def _on_progress(self, e):
@@ -432,7 +433,7 @@ class RunWriter:
 
     def _on_prepared(self, e):
         facts = {key: e.meta[key] for key in e.meta if key not in ("steps", "epochs")}
-        if "prepared_at" not in self.run.meta: self._quietly(lambda: self.run.complete_meta(**facts))
+        if "prepared_at" not in self.run.meta: self.run.complete_meta(**facts)
         device = facts.get("device") or self.state["device"]
         self.update(device=device.get("type") if isinstance(device, dict) else device,
                     **{key: e.meta[key] for key in ("steps", "epochs") if e.meta.get(key) is not None})
@@ -459,7 +460,6 @@ class RunWriter:
     def _on_saved(self, e):
         self.say(f"step {e.step}  saved {size(e.bytes)} in {e.seconds:.1f} s")
         self.update(checkpoint_step=e.step)
-        if "save" in self._asked | self.signals: self.acknowledge("save")
 
     def _on_sampled(self, e):
         self._append("samples.jsonl", encode({**self._where(e), "prompt": e.prompt, "text": e.text}))

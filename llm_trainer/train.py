@@ -23,7 +23,7 @@ import llm_trainer
 from .batches import TokenCache, Windows, open_tokens, prepare_tokens, training_stream, val_batches
 from .cache import provisional
 from .checkpoint import Checkpoints, non_finite, read_json, read_tensors, write_tensors
-from .config import Config
+from .config import LR_SETTINGS, Config
 from .data import open_mix
 from .device import Resolution, describe, resolve, rng_state, seed_everything, set_rng_state
 from .errors import CheckpointError, DataError, LLMTrainerError, RunFailed, UsageError
@@ -79,25 +79,27 @@ def prepare(
 # %% ../nbs/11_train.ipynb #28bb1f52
 def recall(
     meta:dict, # The run's record
-    tokenizer:Tokenizer, # From its checkpoint
+    tokenizer:Tokenizer|None, # From its checkpoint; None before the first
     config:Config, # To prepare again what is gone
     space:Workspace, # Where the caches are
     progress:Callable|None=None, # As in `prepare`
 )->Iterator: # Events; returns the `Material`
     "The material of a run that exists; refuses when it is not what the run was trained on"
-    if tokenizer.hash != meta["tokenizer_hash"]:
+    if tokenizer and tokenizer.hash != meta["tokenizer_hash"]:
         raise UsageError("The checkpoint's tokenizer is not the one this run was trained with "
                          f"({tokenizer.hash[:12]} instead of {meta['tokenizer_hash'][:12]}).\n"
                          "The run can't be resumed with it; see what else is damaged: llm-trainer verify RUN")
     data = meta["data"]
-    try: return Material(tokenizer, [open_tokens(space.data / name) for name in data["caches"]], data["weights"])
-    except LLMTrainerError as e: yield Note(str(e).splitlines()[0] + " They are prepared again.")
+    if tokenizer:
+        try: return Material(tokenizer, [open_tokens(space.data / name) for name in data["caches"]], data["weights"])
+        except LLMTrainerError as e: yield Note(str(e).splitlines()[0] + " They are prepared again.")
     material = yield from prepare(config, space, tokenizer, progress)
     if material.meta["data"] != data:
         raise UsageError("The training data changed since this run began: its fingerprint is "
                          f"{material.meta['data']['fingerprint'][:12]}, the run's is {data['fingerprint'][:12]}.\n"
-                         "Bring the old files back, or start a new run from these weights: "
-                         "llm-trainer train --init-from RUN")
+                         "Bring the old files back, or start a new run" + (
+                             " from these weights: llm-trainer train --init-from RUN" if tokenizer else ": nothing is lost, as "
+                             "this one has saved nothing yet."))
     return material
 
 # %% ../nbs/11_train.ipynb #f8715e2e
@@ -152,8 +154,7 @@ def check_probe(
     then, now = float.fromhex(record["probe"]), trainer.probe()
     same = then == now if trainer.resolution.deterministic else math.isclose(then, now, rel_tol=1e-2)
     if not same:
-        here = resolve(trainer.training, trainer.resolution.device)
-        clauses = "; ".join(Resolution.from_dict(record["resolution"]).differs(here)) or "nothing known differs"
+        clauses = "; ".join(trainer.resolution.inexact()) or "nothing known differs"
         raise CheckpointError(f"This run can't be resumed exactly: its next batch should have loss {then:.6f} and has {now:.6f}.\n"
                               f"The checkpoint is undamaged, so the data changed or this machine computes differently: {clauses}.\n"
                               "Train on from its weights as a new run: llm-trainer train --init-from RUN")
@@ -172,7 +173,7 @@ def learning_rates(
     t = config.training
     if record is None: return LRPlan.from_config(t, total, notify)
     plan, before = LRPlan.from_dict(record["schedule"]), record["config"]["training"]
-    same = all(before[k] == getattr(t, k) for k in ("lr", "min_lr", "schedule", "warmup_steps", "decay_fraction"))
+    same = all(before[k] == getattr(t, k) for k in LR_SETTINGS)
     if same and (record["target_position"], record["target_step"]) == target: return plan
     return extend(plan, attempt.get("lr_plan") or "redecay", step, total, t, notify)
 
@@ -199,8 +200,9 @@ def train(
     device = resolution.apply()
     yield Note(describe(resolution))
 
-    if origin: material = yield from recall(meta, Tokenizer.load(origin), config, space, progress)
-    else: material = yield from prepare(config, space, Tokenizer.load(weights) if weights else None, progress)
+    tokenizer = Tokenizer.load(weights) if weights else None
+    if meta.get("data"): material = yield from recall(meta, tokenizer, config, space, progress)
+    else: material = yield from prepare(config, space, tokenizer, progress)
     tokenizer = material.tokenizer
 
     stream = training_stream(material.caches, material.weights, config.model.seq_len, t.batch_size, t.seed, shuffle=config.data.shuffle,
@@ -237,9 +239,12 @@ def train(
     if record:
         read_state(trainer, origin, record)
         check_probe(trainer, record)
+        if clauses := resolution.inexact():
+            notes.append(f"From here on this run may differ in the last bits from one never stopped: {'; '.join(clauses)}")
         known = store.index().get(at.step, {}).get("val_loss")
         if known is not None: at.evaluated(known)
         else: trainer.owes_evaluation = bool(at.step and t.eval_every and at.step % t.eval_every == 0) or trainer.complete
+        if (record["target_position"], record["target_step"]) != target: at.evaluations_since_best = 0 # patience anew
     yield Prepared(dict(description(config, resolution, material, model), steps=total, epochs=attempt["target_epochs"]))
     for event in trainer:
         while notes: yield Note(notes.pop(0))

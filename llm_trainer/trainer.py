@@ -283,6 +283,11 @@ class Trainer:
         "Whether the target is reached"
         return self.progress.position >= self.target_position or self.progress.step >= self.target_step
 
+    @property
+    def out_of_patience(self)->bool: # Never, where `patience` is 0
+        "Whether the validation loss has not become better for so long that the run ends"
+        return bool(self.training.patience) and self.progress.evaluations_since_best >= self.training.patience
+
     def save(self, last=False)->Iterator: # Saved, or a Note when there is no space and the run can go on
         "Write a checkpoint"
         yield from self.settle()
@@ -292,8 +297,10 @@ class Trainer:
         except OSError as e:
             if last: raise
             yield Note(f"checkpoint of step {self.progress.step} not saved: {e}; training goes on")
-        else: yield Saved(self.progress.step, str(info.path), info.bytes, info.seconds)
-        self._saved_at, self._saved_step = time.monotonic(), self.progress.step
+        else:
+            self._saved_step = self.progress.step
+            yield Saved(self.progress.step, str(info.path), info.bytes, info.seconds)
+        self._saved_at = time.monotonic()
 
     def evaluation(self)->Iterator: # Evaluated
         "Measure the validation loss; nothing is reported when a stop is asked for meanwhile"
@@ -319,7 +326,7 @@ class Trainer:
         yield Phase("compiling" if self.resolution.compile and not self.complete else "training")
         self.model.train()
         stopping = "stop" in self.requests()
-        while not (self.complete or stopping):
+        while not (self.complete or self.out_of_patience or stopping):
             yield from self.take_step()
             if p.skipped_in_a_row >= self.patience_for_nonfinite:
                 yield Finished("diverged", "non_finite", f"{p.skipped_in_a_row} steps in a row had a loss or gradient "
@@ -338,9 +345,6 @@ class Trainer:
             if evaluating:
                 yield from self.evaluation()
                 stopping = "stop" in self.requests()
-                if t.patience and p.evaluations_since_best >= t.patience:
-                    yield Finished("completed", "patience", f"no better validation loss in {t.patience} evaluations")
-                    return
             if self.sample and due(t.sample_every) and not stopping:
                 busy = True
                 yield Phase("sampling")
@@ -348,4 +352,7 @@ class Trainer:
             if busy or p.step == self._first_step + 1: yield Phase("training")
             self._aside += time.perf_counter() - aside
         if self._saved_step != p.step: yield from self.save(last=True)
-        yield Finished("completed") if self.complete and not self.owes_evaluation else Finished("stopped")
+        if self.owes_evaluation: yield Finished("stopped")
+        elif self.complete: yield Finished("completed")
+        elif self.out_of_patience: yield Finished("completed", "patience", f"no better validation loss in {t.patience} evaluations")
+        else: yield Finished("stopped")

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -170,6 +171,19 @@ def test_pins_survive_pruning(tmp_path):
     assert store.steps() == [10, 20, 60, 70]
     assert {s: e["pins"] for s, e in store.index().items()} == {10: ["first"], 20: ["best"], 60: [], 70: ["latest"]}
     assert [store.select(w).name[-2:] for w in ("best", "latest", "first", 60, "60")] == ["20", "70", "10", "60", "60"]
+
+
+def test_what_was_just_saved_stays_though_newer_steps_are_damaged(tmp_path):
+    store = small_store(tmp_path, (10, 20, 30), keep=2)
+    for step in 20, 30: (store.path(step) / "manifest.json").unlink()
+    store.save(15, content(15))
+    assert store.select("latest").name[-2:] == "15"
+
+
+def test_a_step_pruned_while_others_are_read_is_not_damaged(store):
+    gone = store.steps()[1]
+    found = store.verify(lambda *how_far: shutil.rmtree(store.path(gone), ignore_errors=True))
+    assert gone not in found and not any(found.values())
 
 
 def test_keep_zero_keeps_all(tmp_path):

@@ -265,6 +265,15 @@ def test_a_failure_is_stored_with_its_reason_and_what_helps(space, error, code, 
     assert not run.locked and state["step"] == 1
 
 
+def test_a_record_that_can_not_be_completed_ends_the_run(space):
+    run = launch.start(tiny(), space, background=False)
+    os.rename(run.folder / "meta.json", run.folder / "moved")
+    (run.folder / "meta.json").mkdir()
+    last = event("finished", status="completed", code=None, message=None)
+    assert worker.work(run, space, events=lambda writer: iter([event("prepared", meta={"steps": 1}), last])) == 1
+    assert run.status()["status"] == "failed"
+
+
 def test_training_that_ends_without_a_word_has_failed(space):
     run = launch.start(tiny(), space, background=False)
     assert worker.work(run, space, events=lambda writer: iter([step(1)])) == 1
@@ -399,6 +408,14 @@ def test_plain_resume_continues_the_last_target(trained, space):
     assert (plan.from_step, plan.target_epochs, plan.target_steps, plan.fork) == (20, 2, None, False)
     trained.add_attempt(from_step=20, target_epochs=7, target_steps=None, changed={}, lr_plan="hold", argv=[])
     assert launch.plan_resume(trained, space).target_epochs == 7
+
+
+def test_a_plan_of_learning_rates_lasts_until_another_is_asked_for(trained, space):
+    trained.add_attempt(from_step=20, target_epochs=7, target_steps=None, changed={}, lr_plan="hold", argv=[])
+    plan = lambda **asked: launch.plan_resume(trained, space, **asked).lr_plan
+    assert plan() == plan(changes=dict(save_every=7)) == "hold"
+    assert plan(more_epochs=1) is plan(changes=dict(lr=1e-4)) is plan(changes=dict(epochs=9)) is None
+    assert plan(lr_plan="rewarm") == "rewarm"
 
 
 @pytest.mark.parametrize("status, epoch, limit, expected", [

@@ -71,7 +71,10 @@ def test_a_file_is_measured_whole(folder, tmp_path):
     text = "The function returns a list of names. " * 20
     (tmp_path / "text.txt").write_text(text)
     quiet = lambda message: None
-    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), device="cpu", notify=quiet)
+    told = []
+    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), device="cpu", notify=quiet,
+                    progress=lambda *how_far: told.append(how_far))
+    assert told[-1][:2] == ("measuring", found["tokens"])
     assert found["bytes"] == len(text) and found["tokens"] == len(text) + 1  # and one <|endoftext|>
     assert found["words"] == 140 and found["split"] == "all"
     with pytest.raises(UsageError, match="--data"): measure(folder, init(tmp_path), {}, notify=quiet)

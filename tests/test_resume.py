@@ -108,6 +108,42 @@ def test_an_owed_evaluation_is_made_up_for(space):
     assert next(e.step for e in life.live() if e.kind == "evaluated") == 10
 
 
+def test_patience_ends_a_resumed_run_where_it_ends_the_whole_one(space):
+    config = settings(eval_every=2, save_every=0, patience=2, lr=1e-9, min_lr=0)
+    whole = Life(space, "patient", config, 1)
+    assert whole.live()[-1].code == "patience"
+    life = Life(space, "impatient", config, 1)
+    events = train("impatient", config, dict(target_epochs=1), space)
+    life.meta = next(e.meta for e in events if e.kind == "prepared")
+    last = len(whole.losses)
+    assert next(e.step for e in events if e.kind == "saved" and e.step == last) == last
+    events.close()  # dies before the evaluation that would have ended it
+    assert life.live()[-1].code == "patience" and life.weights == whole.weights
+    life.epochs = 2
+    assert len([e for e in life.live() if e.kind == "step"]) >= 4  # more epochs, patience anew
+
+
+def test_changed_text_is_refused_also_before_the_first_checkpoint(space):
+    text = space.root / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    life = Life(space, "unsaved", settings(dataset=str(text), tokenizer="byte"), 1)
+    events = train("unsaved", life.config, dict(target_epochs=1), space)
+    life.meta = next(e.meta for e in events if e.kind == "prepared")
+    events.close()
+    text.write_text("the slow brown fox creeps under the busy dog. " * 400)
+    with pytest.raises(UsageError, match="data changed"): life.live()
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    assert life.live()[-1].status == "completed"
+
+
+def test_what_makes_a_resume_inexact_is_named(space):
+    life = Life(space, "elsewhere", settings(eval_every=0), 1)
+    life.live(stop_after(3))
+    life.meta["resolution"]["torch_version"] = "2.9.0"
+    notes = [e.message for e in life.live() if e.kind == "note"]
+    assert any("may differ in the last bits" in n and "PyTorch: 2.9.0 then" in n for n in notes)
+
+
 def test_another_tokenizer_is_refused(space, whole):
     reference = whole("gpt2")
     meta = dict(reference.meta, tokenizer_hash="0" * 64)

@@ -144,6 +144,7 @@ def test_a_silent_loop_is_stalled_and_a_set_clock_is_not(runs):
     run = create_run(runs, CONFIG, locked=True)
     writer = RunWriter(run, run.lock, clock=lambda: now.mono, wall=lambda: now.wall)
     writer.log(event("phase", name="training"))
+    assert run.status(monotonic=now.mono + 500, wall=now.wall)["status"] == "running"  # the first step may take long
     for n in range(1, 6): now.mono += 10; writer.log(step(n))
     status = lambda ahead, wall=0: run.status(monotonic=now.mono + ahead, wall=now.wall + wall)["status"]
     assert [status(59), status(99), status(101)] == ["running", "running", "stalled"]  # ten times the usual ten seconds
@@ -310,8 +311,10 @@ def test_requests_are_seen_once_done_and_shown(writer):
     run = writer.run
     assert run.request("save") and not run.request("save")
     assert writer.requests() == {"save"}
+    writer.log(event("phase", name="saving"))  # seen; what comes of it is said by `saved`, or by a note
+    assert run.asked() == writer.requests() == set() and "save" in run.state()["acknowledged"]
     writer.log(event("saved", step=4, path="p", bytes=1, seconds=0.1))
-    assert run.asked() == set() and "save" in run.state()["acknowledged"] and run.state()["checkpoint_step"] == 4
+    assert run.state()["checkpoint_step"] == 4
     run.request("stop")
     writer._looked = -1e9
     assert writer.requests() == {"stop"} and run.state()["phase"] == "stopping"

@@ -1,10 +1,12 @@
 """The loop on a real model: accumulation, patience, skipped steps, requests, precision."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from llm_trainer.batches import Stream, Windows, val_batches
+from llm_trainer.checkpoint import SavedInfo
 from llm_trainer.config import load_config
 from llm_trainer.device import resolve, seed_everything
 from llm_trainer.model import GPT
@@ -49,6 +51,28 @@ def test_patience_ends_a_run_that_no_longer_gets_better():
     t.progress.best_val_loss = 0.0
     *_, last = t
     assert (last.status, last.code, t.progress.step) == ("completed", "patience", 2)
+
+
+def test_patience_that_ran_out_in_an_evaluation_owed_ends_the_run_too():
+    t = trainer(steps=50, patience=2, lr=1e-9, min_lr=0, eval_every=1)
+    t.progress.best_val_loss, t.progress.evaluations_since_best, t.owes_evaluation = 0.0, 1, True
+    *_, last = t
+    assert (last.status, last.code, t.progress.step) == ("completed", "patience", 0)
+
+
+@pytest.mark.parametrize("end", ["stop", "patience"])
+def test_a_save_that_failed_is_tried_again_before_the_end(end):
+    t, tries = trainer(steps=50, eval_every=2, patience=2 * (end == "patience")), []
+    def save(trainer):
+        tries.append(trainer.progress.step)
+        if len(tries) == 1: raise OSError(28, "No space left on device")
+        return SavedInfo(Path("x"), 1, 0.1)
+    t.save_to = save
+    if end == "patience": t.progress.best_val_loss, t.progress.evaluations_since_best = 0.0, 1
+    else: t.requests = lambda: {"stop"} if tries else set()
+    *events, last = t
+    assert tries == [2, 2] and [e.step for e in events if e.kind == "saved"] == [2]
+    assert last.status == {"stop": "stopped", "patience": "completed"}[end]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on():
