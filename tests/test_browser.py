@@ -151,6 +151,7 @@ def test_a_newcomer_watches_a_model_learn(lab, browser):
 
     page.locator("button.jupyter-button", has_text="generate").first.click()
     page.wait_for_selector("text=generated from the best checkpoint")
+    page.wait_for_selector(f"text={newest.id}, best checkpoint")
     if path := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{path}/lab-stopped.png")
     page.evaluate(COMMAND, "docmanager:save")
     open_notebook(page, url, "01_first_model.ipynb")  # the page is loaded again, the kernel still holds the view

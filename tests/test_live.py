@@ -187,15 +187,6 @@ def test_a_button_never_fails_in_silence(runs, view):
     assert "FileNotFoundError" in clicked(v, v.save, lambda text: text)
 
 
-def test_a_text_names_its_run(runs, view, monkeypatch):
-    import subprocess
-    write(runs, "poet")
-    v = view("poet", runs)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **kw: subprocess.CompletedProcess(a, 0, "The rose", ""))
-    clicked(v, v.generate, lambda text: "best" in text)
-    assert "poet, best checkpoint" in v.text.value and "rose" in v.text.value
-
-
 def test_epochs_are_told_in_two_decimals():
     assert "epoch 0.46 of 1.43" in headline(dict(status="running", epoch=.4634, epochs=1.42884))
 
