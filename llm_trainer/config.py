@@ -20,13 +20,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from . import workspace
-from .errors import ConfigError, NotFoundError, UsageError
+from .errors import ConfigError, NotFoundError
 from .terminal import clean
 
 # %% auto #0
 __all__ = ['Text', 'LR_SETTINGS', 'setting', 'Group', 'ModelConfig', 'Source', 'DataConfig', 'TrainConfig', 'SampleConfig',
-           'Config', 'Knob', 'fields', 'changes', 'differences', 'profiles', 'load_config', 'allowed_changes', 'idle',
-           'reference']
+           'Config', 'Knob', 'fields', 'changes', 'differences', 'profiles', 'load_config', 'idle', 'reference']
 
 # %% ../nbs/00_config.ipynb #514d7afb
 def setting(
@@ -471,18 +470,6 @@ def load_config(
     whole = f"{path} with {' '.join(map(flag, given))}" if given else str(path)
     where = lambda name=None: whole if name is None else flag(name) if name in given else profile(name)
     return _build(_merge(_read(path), given, where), where)
-
-# %% ../nbs/00_config.ipynb #508ad4ed
-def allowed_changes(
-    old:Config, # What the run began with
-    new:Config # What `resume` was asked for
-) -> dict[str, tuple[Any, Any]]: # As `changes`
-    "What a resumed run changes; raises `UsageError` when a fixed setting is among it"
-    changed = changes(old, new)
-    fixed = [f"{name} is fixed: this run began with {_shown(a)} and can't go on with {_shown(b)}."
-             for name, (a, b) in changed.items() if fields()[name].change == "fixed"]
-    if fixed: raise UsageError("\n".join([*fixed, "Start a new run instead: llm-trainer train"]))
-    return changed
 
 # %% ../nbs/00_config.ipynb #a27c5be6
 def idle(config:Config) -> list[str]: # One sentence per setting that has no effect
