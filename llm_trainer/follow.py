@@ -66,7 +66,8 @@ def sentence(event) -> str | None:
         return f"{meta.get('parameters', 0):,} parameters, {tokens:,} training tokens, {meta.get('steps') or 0:,} steps"
     if event.kind == "evaluated":
         return f"step {event.step:,}  validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}, " \
-               f"{event.bits_per_byte:.3f} bits per byte"
+               f"{event.bits_per_byte:.3f} bits per byte" + \
+               "".join(f", {clean(name, '')} {loss:.4f}" for name, loss in event.parts)
     if event.kind == "sampled": return f"step {event.step:,}  sample: {clean(event.prompt + event.text, '')}"
     if event.kind == "skipped": return f"step {event.step:,}  skipped: {event.what} was not finite"
     if event.kind == "saved": return f"step {event.step:,}  saved {size(event.bytes)} in {event.seconds:.1f} s"

@@ -452,8 +452,8 @@ class RunWriter:
         if self.clock() - self._wrote >= self.EVERY: self._save()
 
     def _on_evaluated(self, e):
-        self._metric("val", e, "loss", "perplexity", "bits_per_byte")
-        self.say(f"step {e.step}  validation loss {e.loss:.4f}")
+        self._metric("val", e, "loss", "perplexity", "bits_per_byte", *["parts"] * bool(e.parts))
+        self.say(f"step {e.step}  validation loss {e.loss:.4f}" + "".join(f", {name} {loss:.4f}" for name, loss in e.parts))
         best = [v for v in (self.state["best_val_loss"], plain(e.loss)) if v is not None]
         self.update(val_loss=e.loss, best_val_loss=min(best, default=None))
 

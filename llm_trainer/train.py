@@ -11,6 +11,7 @@ __all__ = ['Material', 'prepare', 'recall', 'write_state', 'read_state', 'check_
 # %% ../nbs/11_train.ipynb #d61ae3d7
 import json
 import math
+import os
 import platform
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from .batches import TokenCache, Windows, open_tokens, prepare_tokens, training_
 from .cache import provisional
 from .checkpoint import Checkpoints, non_finite, read_json, read_tensors, write_tensors
 from .config import LR_SETTINGS, Config
-from .data import open_mix
+from .data import apart, open_mix
 from .device import Resolution, describe, resolve, rng_state, seed_everything, set_rng_state
 from .errors import CheckpointError, DataError, LLMTrainerError, RunFailed, UsageError
 from .model import GPT
@@ -207,7 +208,8 @@ def train(
 
     stream = training_stream(material.caches, material.weights, config.model.seq_len, t.batch_size, t.seed, shuffle=config.data.shuffle,
                              num_workers=config.data.num_workers, pin_memory=device.type == "cuda")
-    validation = [Windows(c.val, config.model.seq_len, "validation") for c in material.caches]
+    validation = [(os.path.basename(one.dataset), Windows(c.val, config.model.seq_len, "validation"))
+                  for c, (one, _) in zip(material.caches, apart(config.data))]
 
     seed_everything(t.seed)
     model = load_model(weights, config.model.dropout) if weights else GPT(config.model, tokenizer.vocab_size)
@@ -234,7 +236,7 @@ def train(
     trainer = Trainer(
         model, optimizer, plan, stream, t, resolution, target_position=target[0], target_step=target[1], progress=at,
         save=lambda tr: store.save(tr.progress.step, lambda folder: write_state(tr, tokenizer, config, folder)),
-        validation=lambda: (batch for windows in validation for batch in val_batches(windows, t.batch_size, t.eval_batches)),
+        validation=lambda: [(name, val_batches(windows, t.batch_size, t.eval_batches)) for name, windows in validation],
         lengths=token_lengths(tokenizer), record=remember, sample=sample, requests=requests)
     if record:
         read_state(trainer, origin, record)

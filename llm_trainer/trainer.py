@@ -6,13 +6,14 @@ Docs: https://llm-trainer.github.io/llm_trainer/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['Phase', 'Prepared', 'Step', 'Evaluated', 'Saved', 'Sampled', 'Skipped', 'Note', 'Finished', 'token_lengths',
-           'evaluate', 'Progress', 'accumulate', 'Trainer']
+           'figures', 'evaluate', 'Progress', 'accumulate', 'Trainer']
 
 # %% ../nbs/08_trainer.ipynb #55efa284
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,7 @@ class Step:
 class Evaluated:
     "The validation set was read once, whole (or `eval_batches` of it)"
     step: int; epoch: float; tokens: int; loss: float; perplexity: float; bits_per_byte: float
+    parts: tuple[tuple[str, float], ...] = () # Of a mix: the name and loss of each text
     kind: ClassVar[str] = "evaluated"
 
 # %% ../nbs/08_trainer.ipynb #f320975c
@@ -96,15 +98,27 @@ def token_lengths(
                          for i in range(tokenizer.vocab_size)])
 
 # %% ../nbs/08_trainer.ipynb #e1c59b4f
+def figures(
+    nats:float, # Summed over all tokens
+    text_nats:float, # Over those that stand for text
+    tokens:int, # Predicted
+    n_bytes:int, # Of text
+)->dict[str, float]: # loss (nats per token), perplexity, bits_per_byte, and the four
+    "What sums say about a model"
+    loss = nats / max(tokens, 1)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=text_nats / math.log(2) / max(n_bytes, 1),
+                nats=nats, text_nats=text_nats, tokens=tokens, bytes=n_bytes)
+
+
 @torch.no_grad()
 def evaluate(
     model, # Called as `model(x)`, gives logits (B, T, V)
     batches, # Iterable of (x, y), each (B, T); y is -100 where nothing is predicted
     lengths:torch.Tensor, # (V,) bytes per token, 0 for the separator: `token_lengths`
     device:torch.device="cpu", # Where the model is
-    autocast:Callable=torch.enable_grad, # Makes the context of the forward pass; `Resolution.autocast`
+    autocast:Callable=nullcontext, # Makes the context of the forward pass; `Resolution.autocast`
     pause:Callable=lambda: None, # Called between batches; may raise to give up
-)->dict[str, float]: # loss (nats per token), perplexity, bits_per_byte, nats, tokens, bytes
+)->dict[str, float]: # As `figures`
     "Mean loss of `model` over `batches`, and the same as perplexity and bits per byte"
     was_training, lengths = model.training, lengths.to(device)
     model.eval()
@@ -122,9 +136,7 @@ def evaluate(
             nats += each.sum().item(); text_nats += each[size > 0].sum().item()
             tokens += int((y >= 0).sum()); n_bytes += int(size.sum())
     finally: model.train(was_training)
-    loss = nats / max(tokens, 1)
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), nats=nats, tokens=tokens, bytes=n_bytes,
-                bits_per_byte=text_nats / math.log(2) / max(n_bytes, 1))
+    return figures(nats, text_nats, tokens, n_bytes)
 
 # %% ../nbs/08_trainer.ipynb #52b482c9
 @dataclass
@@ -179,7 +191,7 @@ class Trainer:
         target_step:int, # Optimizer steps after which it is, whichever comes first
         progress:Progress|None=None, # Where to start
         save:Callable[["Trainer"], Any]|None=None, # Writes a checkpoint, gives an object with path, bytes, seconds
-        validation:Callable[[], Iterator]|None=None, # Fresh pass over the validation batches
+        validation:Callable[[], list]|None=None, # A fresh pass: the name and validation batches of each text
         lengths:torch.Tensor|None=None, # `token_lengths`, for bits per byte
         record:Callable[[int, dict], None]=lambda step, result: None, # Told of each evaluation
         sample:Callable[[], tuple[str, str]]|None=None, # Gives (prompt, continuation)
@@ -308,10 +320,13 @@ class Trainer:
         def pause():
             if "stop" in self.requests(): raise InterruptedError
         p = self.progress
-        try: r = evaluate(self.model, self.validation(), self.lengths, self.device, self.resolution.autocast, pause)
+        try: read = [(name, evaluate(self.model, batches, self.lengths, self.device, self.resolution.autocast, pause))
+                     for name, batches in self.validation()]
         except InterruptedError: return
+        r = figures(*(sum(found[key] for _, found in read) for key in ("nats", "text_nats", "tokens", "bytes")))
         p.evaluated(r["loss"])
-        yield Evaluated(p.step, self.epoch, p.tokens, r["loss"], r["perplexity"], r["bits_per_byte"])
+        parts = tuple((name, found["loss"]) for name, found in read) if len(read) > 1 else ()
+        yield Evaluated(p.step, self.epoch, p.tokens, r["loss"], r["perplexity"], r["bits_per_byte"], parts)
         self.record(p.step, r)  # until then the evaluation is owed
         self.owes_evaluation = False
 

@@ -81,6 +81,15 @@ def test_a_file_is_measured_whole(folder, tmp_path):
     with pytest.raises(UsageError, match="--stride"): measure(folder, init(tmp_path), {}, "x", stride=33, notify=quiet)
 
 
+def test_measuring_keeps_no_graph():
+    class Watched(torch.nn.Module):
+        def forward(self, x):
+            assert not torch.is_grad_enabled()
+            return torch.zeros(*x.shape, 8), None
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert evaluate(Watched(), [(ids, ids)], torch.ones(8))["loss"] == pytest.approx(math.log(8))
+
+
 def test_a_stride_gives_more_context_and_the_same_tokens(folder):
     model, lengths = load_model(folder), token_lengths(Tokenizer.load(folder))
     tokens = np.frombuffer(b"for x in range(10): print(x)\n" * 9, np.uint8)

@@ -136,6 +136,19 @@ def test_changed_text_is_refused_also_before_the_first_checkpoint(space):
     assert life.live()[-1].status == "completed"
 
 
+def test_each_text_of_a_mix_is_validated_on_its_own(space):
+    text = space.root / "short.txt"
+    text.write_text("abc " * 3000)
+    mix = [dict(name="python-docs-tiny", weight=1), dict(name=str(text), weight=1)]
+    life = Life(space, "mix", settings(dataset=mix, tokenizer="byte", eval_every=10, max_steps=20), 1)
+    events = life.live(target_steps=20)
+    last = [e for e in events if e.kind == "evaluated"][-1]
+    (docs, a), (short, b) = last.parts
+    assert (docs, short) == ("python-docs-tiny", "short.txt") and min(a, b) < last.loss < max(a, b) and b < a
+    whole = [e for e in Life(space, "one", settings(eval_every=10), 1).live(target_steps=10) if e.kind == "evaluated"]
+    assert whole and not whole[-1].parts
+
+
 def test_what_makes_a_resume_inexact_is_named(space):
     life = Life(space, "elsewhere", settings(eval_every=0), 1)
     life.live(stop_after(3))

@@ -187,9 +187,11 @@ def test_readers_follow_no_link_and_wait_for_no_pipe(runs, tmp_path):
 def test_metrics_keep_the_last_record_of_a_step_and_null_for_nan(writer):
     for n, loss in ((1, 5.0), (2, float("nan")), (3, 3.0), (2, 4.0)): writer.log(step(n, loss))
     writer.log(step(4, None))
-    writer.log(event("evaluated", step=3, epoch=0.3, tokens=24, loss=2.0, perplexity=float("inf"), bits_per_byte=1.0))
+    writer.log(event("evaluated", step=3, epoch=0.3, tokens=24, loss=2.0, perplexity=float("inf"), bits_per_byte=1.0,
+                     parts=(("a", 1.5), ("b", float("nan")))))
     assert [(r["step"], r["loss"]) for r in writer.run.metrics("train")] == [(1, 5.0), (2, 4.0), (3, 3.0)]
     (val,) = writer.run.metrics("val")
+    assert val["parts"] == [["a", 1.5], ["b", None]] and "a 1.5000, b nan" in writer.run.log_tail(9)[-1]
     assert val["perplexity"] is None and val["format_version"] == 1 and val["attempt"] == 1
     assert b"NaN" not in (writer.run.folder / "metrics.jsonl").read_bytes()
 

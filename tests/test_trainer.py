@@ -24,7 +24,7 @@ def trainer(steps=6, **settings):
     made = GPT(config.model, 256)
     return Trainer(made, build_optimizer(made, t), LRPlan.from_config(t, steps), Stream(windows, t.batch_size, t.seed), t, resolution,
                    target_position=10**9, target_step=steps, lengths=torch.ones(256, dtype=torch.long),
-                   validation=lambda: val_batches(windows, t.batch_size, 1))
+                   validation=lambda: [("all", val_batches(windows, t.batch_size, 1))])
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
