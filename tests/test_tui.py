@@ -19,7 +19,7 @@ from llm_trainer import launch
 from llm_trainer.runs import Run
 from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.glyphs import braille, line, to_ascii
-from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail
+from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail, dataset_of
 from llm_trainer.tui.screens.runs import epochs
 from llm_trainer.tui.series import TRAIN, Series
 from llm_trainer.tui.widgets.key_bar import KeyBar
@@ -675,6 +675,12 @@ def test_a_replayed_step_replaces_what_was_there():
     series = Series(TRAIN)
     for step, loss in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (3, 3.5), (4, 2.0)): series.append({"step": step, "loss": loss})
     assert list(series["step"]) == [1, 2, 3, 4] and list(series["loss"]) == [5.0, 4.5, 3.5, 2.0]
+
+
+def test_a_mix_is_named_by_its_parts():
+    named = lambda dataset: dataset_of({"config": {"data": {"dataset": dataset}}})
+    assert named([{"name": "a/wikitext", "weight": 1}, {"name": "/home/me/data/short.txt"}]) == "wikitext + short.txt"
+    assert named("/home/me/texts/") == "texts" and named("/") == "/" and named([7]) == "?"
 
 
 def test_pauses_between_attempts_are_no_training_time(world):

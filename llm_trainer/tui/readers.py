@@ -111,8 +111,8 @@ def _dict(value: Any) -> dict: return value if isinstance(value, dict) else {}
 def dataset_of(meta: dict) -> str:
     "The name of what a run was trained on"
     data = _dict(_dict(_dict(meta.get("config")).get("data")) or _dict(meta.get("config"))).get("dataset", "")
-    if isinstance(data, list): data = " + ".join(str(_dict(part).get("name", "?")) for part in data)
-    return line(os.path.basename(str(data).rstrip("/")) or data, 40)
+    names = [str(_dict(part).get("name", "?")) for part in data] if isinstance(data, list) else [str(data)]
+    return line(" + ".join(os.path.basename(name.rstrip("/")) or name for name in names), 40)
 
 
 def settings_of(run: Run) -> dict[str, Any]:
