@@ -397,14 +397,20 @@ async def test_inside_tmux_a_copy_lands_in_its_buffer(world, tmp_path, monkeypat
         assert (tmp_path / "said").read_text() == "load-buffer -\n"
 
 
+async def tiny_form(pilot):
+    "The form of a new run, with the values of the tiny profile"
+    await press(pilot, "n")
+    await shows(pilot, "[model]", "run name")
+    screen = pilot.app.screen
+    screen.query_one("#profile", Select).value = "tiny"
+    await until(pilot, lambda: screen.query_one("#value-n_embd", Input).value == "32")
+    return screen
+
+
 async def test_the_form_knows_the_bounds_and_names_the_field(world):
     async with world.app().run_test(size=(100, 30)) as pilot:
         await shows(pilot, RUNNING)
-        await press(pilot, "n")
-        await shows(pilot, "[model]", "run name")
-        screen = pilot.app.screen
-        screen.query_one("#profile", Select).value = "tiny"
-        await until(pilot, lambda: screen.query_one("#value-n_embd", Input).value == "32")
+        screen = await tiny_form(pilot)
         screen.query_one("#value-n_embd", Input).value = "33"
         await shows(pilot, "not valid yet", "must be a multiple of n_head")
         screen.query_one("#value-n_embd", Input).value = "64"
@@ -422,11 +428,7 @@ async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_res
     (world.space.root / "photo.txt").write_bytes(b"JFIF\0")
     async with world.app().run_test(size=(100, 30)) as pilot:
         await shows(pilot, RUNNING)
-        await press(pilot, "n")
-        await shows(pilot, "[model]", "run name")
-        screen = pilot.app.screen
-        screen.query_one("#profile", Select).value = "tiny"
-        await until(pilot, lambda: screen.query_one("#value-n_embd", Input).value == "32")
+        screen = await tiny_form(pilot)
         for name, value, says in (("init_from", "nobody", "There is no run nobody"), ("init_from", RUNNING, "config.json"),
                                   ("dataset", "photo.txt", "NUL bytes")):
             screen.query_one(f"#value-{name}", Input).value = value
