@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 from .cache import Notify, Progress, prepared, sha256
 from .errors import DataError, NotFoundError
-from .workspace import home
+from .workspace import home, located
 
 # %% auto #0
 __all__ = ['READ', 'PIECE', 'READERS', 'BUILTIN', 'SMALL', 'border', 'cut', 'pieces_of', 'read_txt', 'valid', 'read_jsonl',
@@ -344,9 +344,8 @@ BUILTIN = ("python-docs", "python-code", "python-docs-tiny")
 
 def _local(name: str, data_dir: Path) -> Path | None:
     "The path that `name` stands for, or None if it can only be a dataset of the hub"
+    if found := located(name, data_dir.parent, data_dir): return found
     path = home(name)
-    for base in (Path(), data_dir.parent, data_dir):
-        if os.path.exists(base / path): return base / path
     named = path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.endswith("/")
     return path if named or name.count("/") > 1 else None
 

@@ -3,7 +3,6 @@
 Every face asks it before `launch.start`: a worker stands elsewhere. Loads torch only for `init_from`, to read a shape."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,9 @@ def settle(
     from llm_trainer.data import BUILTIN, first_look
     from llm_trainer.tokenizer import KINDS, prepare_tokenizer
     data, kept = config.data, ("dataset_config", "dataset_revision", "text_column")
-    place = lambda name: name if name in (*BUILTIN, *KINDS) else _place(name, space)
+    def place(name: str) -> str:
+        found = None if name in (*BUILTIN, *KINDS) else workspace.located(name, space.root, space.data)
+        return name if found is None else str(found.absolute())
     dataset = place(data.dataset) if isinstance(data.dataset, str) else [{**vars(part), "name": place(part.name)}
                                                                         for part in data.dataset]
     config = config.replace(dataset=dataset, tokenizer=place(data.tokenizer), **{name: getattr(data, name) for name in kept})
@@ -42,12 +43,6 @@ def settle(
         raise UsageError(f"--{odd[0]} can't be chosen together with --init-from: shape and tokenizer are those of {folder}.\n"
                          f"Leave --{odd[0]} out, or start without --init-from.")
     return config.replace(init_from=str(folder), **taken)
-
-
-def _place(name: str, space: Workspace) -> str:
-    "The file or folder that `name` means: here, in the workspace, in its data/; `name` itself where there is none"
-    path = workspace.home(name)
-    return next((str((base / path).absolute()) for base in (Path(), space.root, space.data) if os.path.exists(base / path)), name)
 
 
 def is_folder(text: str | None) -> bool:

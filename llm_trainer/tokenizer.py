@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from .cache import Notify, Progress, prepared
 from .data import Corpus, valid
 from .errors import NotFoundError, UsageError
-from .workspace import home
+from .workspace import home, located
 
 # %% auto #0
 __all__ = ['EOT', 'KINDS', 'BYTES', 'LARGEST', 'ENOUGH', 'byte_backend', 'char_backend', 'bpe_backend', 'Tokenizer',
@@ -277,9 +277,7 @@ def prepare_tokenizer(
     data_dir = Path(data_dir)
     corpora = [c[0] if isinstance(c, tuple) else c for c in corpora]
     if data.tokenizer not in KINDS:
-        path = home(data.tokenizer)
-        places = [base / path for base in (Path(), data_dir.parent, data_dir)]
-        return Tokenizer.load(next((place for place in places if place.exists()), path))
+        return Tokenizer.load(located(data.tokenizer, data_dir.parent, data_dir) or home(data.tokenizer))
     if data.tokenizer == "byte": return train_tokenizer("byte", 257, ())
     size = data.vocab_size if data.tokenizer == "bpe" else 0
     about = ["tokenizer 1", data.tokenizer, size, [c.fingerprint for c in corpora]]

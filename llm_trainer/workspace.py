@@ -43,6 +43,12 @@ def home(path: Path | str) -> Path:
                             "Write the path out; a name that really begins with ~ is given as ./~name.") from None
 
 
+def located(name: Path | str, *folders: Path) -> Path | None:
+    "Where `name` is: here, else in the first of `folders` that has it; None where it isn't"
+    path = home(name)
+    return next((base / path for base in (Path(), *folders) if os.path.exists(base / path)), None)
+
+
 def _settings(root: Path) -> configparser.SectionProxy | None:
     "The `[llm_trainer]` section of `root/settings.ini`, or None where there is none"
     parser = configparser.ConfigParser(interpolation=None)
