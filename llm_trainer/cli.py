@@ -130,9 +130,9 @@ def prepare(
     "Fetch the text and make tokens of it, without training"
     space = workspace.find()
     settings = _config(space, config, knobs)
-    from llm_trainer import follow
+    from llm_trainer.train import drain
     from llm_trainer.train import prepare as events
-    with _progress(json) as (screen, told): material = follow.exhaust(events(settings, space, progress=told), screen)
+    with _progress(json) as (screen, told): material = drain(events(settings, space, progress=told), screen)
     meta = material.meta
     found = {**{k: v for k, v in meta["data"].items() if k in ("train_tokens", "val_tokens")},
              "vocab_size": meta["vocab_size"], "tokenizer_hash": meta["tokenizer_hash"]}

@@ -42,13 +42,6 @@ def screen(quiet: bool = False):
     return _Bar() if sys.stdout.isatty() else _Lines()
 
 
-def exhaust(events, screen):
-    "Shows every event of a generator and gives what it returned"
-    while True:
-        try: screen(next(events))
-        except StopIteration as end: return end.value
-
-
 def conclude(run, quiet: bool = False):
     "Says how a run ended and what one does next"
     state = run.status()

@@ -14,7 +14,7 @@ from llm_trainer.data import open_mix
 from llm_trainer.device import choose_device
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.tokenizer import Tokenizer
-from llm_trainer.train import recall
+from llm_trainer.train import drain, recall
 from llm_trainer.trainer import Note, evaluate, token_lengths
 from llm_trainer.weights import load_model
 from llm_trainer.workspace import Workspace
@@ -53,11 +53,9 @@ def words(tokens: np.ndarray, tokenizer: Tokenizer, block: int = 1 << 16) -> int
 
 def _validation(meta: dict, tokenizer: Tokenizer, space: Workspace, notify: Callable[[str], None]) -> list[np.ndarray]:
     "The tokens a run was validated on; prepared again where they are gone, and only if they come out the same"
-    events = recall(meta, tokenizer, Config.from_dict(meta["config"]), space)
-    while True:
-        try: event = next(events)
-        except StopIteration as end: return [cache.val for cache in end.value.caches]
+    def seen(event):
         if isinstance(event, Note): notify(event.message)
+    return [cache.val for cache in drain(recall(meta, tokenizer, Config.from_dict(meta["config"]), space), seen).caches]
 
 
 def measure(
