@@ -1,6 +1,7 @@
-"""Puts configs/*.toml into the wheel as llm_trainer/profiles/; everything else is in pyproject.toml."""
+"""Puts configs/*.toml into the wheel as llm_trainer/profiles/, and the pages of `make docs`, where they were built, as
+llm_trainer/site/; everything else is in pyproject.toml."""
 from pathlib import Path
-from shutil import copy
+from shutil import copy, copytree
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -14,6 +15,7 @@ class BuildWithProfiles(build_py):
         profiles = Path(self.build_lib, "llm_trainer", "profiles")
         profiles.mkdir(parents=True, exist_ok=True)
         for file in Path("configs").glob("*.toml"): copy(file, profiles)
+        if Path("_docs", "index.html").is_file(): copytree("_docs", profiles.with_name("site"), dirs_exist_ok=True)
 
 
 setup(cmdclass={"build_py": BuildWithProfiles})

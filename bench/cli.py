@@ -11,10 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_trainer import runs, workspace
+from llm_trainer import workspace
+from llm_trainer.runs import run as runs
 
-BASE = "import llm_trainer.frontend, llm_trainer.show, llm_trainer.workspace"
-NEEDS = {"--help": BASE, "runs": f"{BASE}, llm_trainer.runs, fire", "status": f"{BASE}, llm_trainer.runs, fire"}
+BASE = "import llm_trainer.cli.parser, llm_trainer.cli.render, llm_trainer.workspace"
+NEEDS = {"--help": BASE, "runs": f"{BASE}, llm_trainer.runs.run, fire", "status": f"{BASE}, llm_trainer.runs.run, fire"}
 LIMIT_SECONDS, LIMIT_RATIO = 0.35, 2.0
 
 
@@ -31,7 +32,7 @@ def seconds(cwd: Path, repeats: int, *programs: list[str]) -> list[float]:
 
 def loaded(command: str, cwd: Path) -> list[str]:
     "Which of the slow packages the command loads"
-    code = (f"import sys; from llm_trainer.cli import main; main([{command!r}])\n"
+    code = (f"import sys; from llm_trainer.cli.commands import main; main([{command!r}])\n"
             "print(*{'torch', 'pydantic', 'numpy', 'rich', 'textual'} & set(sys.modules), file=sys.stderr)")
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True).stderr.split()
 
@@ -46,13 +47,13 @@ def main() -> dict:
         space = workspace.init(folder)
         for i in range(3): runs.create_run(space.runs, {"training": {}}, name=f"run-{i}")
         for command, needs in NEEDS.items():
-            took, bare = seconds(space.root, given.repeats, ["-m", "llm_trainer.cli", command], ["-c", needs])
+            took, bare = seconds(space.root, given.repeats, ["-m", "llm_trainer", command], ["-c", needs])
             found["commands"][command] = {
                 "seconds": round(took, 4), "bare_import_seconds": round(bare, 4), "ratio": round(took / bare, 3),
                 "within_limits": took <= LIMIT_SECONDS and took / bare <= LIMIT_RATIO,
                 "loads": loaded(command, space.root)}
         for i in range(3, given.runs): runs.create_run(space.runs, {"training": {}}, name=f"run-{i}")
-        took, = seconds(space.root, given.repeats, ["-m", "llm_trainer.cli", "status"])
+        took, = seconds(space.root, given.repeats, ["-m", "llm_trainer", "status"])
         found["status_with_many_runs"] = {"runs": given.runs, "seconds": round(took, 4),
                                           "ratio": round(took / found["commands"]["status"]["seconds"], 3)}
     return found

@@ -1,6 +1,7 @@
 """How fast text is written: our sampler beside Hugging Face's `generate` on the same weights, in one run.
 
-    python bench/generate.py [--size quickstart|124m] [--batch 1] [--tokens 100] [--repeats 5] [--device auto] [--threads 0]
+    python bench/generate.py [--size quickstart|124m] [--batch 1] [--tokens 100] [--repeats 5] [--device auto]
+                             [--threads 0]
 
 Prints one JSON object. `ratio` is the median of the pairwise ratios, ours over theirs, in tokens per second.
 `share_of_limit` is tokens per second over what streaming the weights once per token would allow at the measured copy
@@ -15,10 +16,10 @@ import time
 import torch
 
 from llm_trainer.config import ModelConfig
-from llm_trainer.filters import Sampling
-from llm_trainer.model import GPT
-from llm_trainer.sampler import write_tokens
-from llm_trainer.weights import save_weights
+from llm_trainer.generation.sampling import Sampling
+from llm_trainer.model.transformer import GPT
+from llm_trainer.generation.sampler import sample_tokens
+from llm_trainer.model.huggingface import save_weights
 
 SIZES = {"quickstart": (dict(n_layer=4, n_head=4, n_embd=192, seq_len=128), 1024),
          "124m": (dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024), 50257)}
@@ -62,7 +63,7 @@ def bench_generate(arch: str = "gpt2", size: str = "quickstart", batch: int = 1,
     def ours() -> float:
         wait(device)
         started = time.perf_counter()
-        for i, _ in enumerate(write_tokens(model, prompts, sampling, list(range(batch)))):
+        for i, _ in enumerate(sample_tokens(model, prompts, sampling, list(range(batch)))):
             if i == 0: first.append(time.perf_counter() - started)
         wait(device)
         return batch * tokens / (time.perf_counter() - started)
@@ -71,12 +72,14 @@ def bench_generate(arch: str = "gpt2", size: str = "quickstart", batch: int = 1,
     def hugging_face() -> float:
         wait(device)
         started = time.perf_counter()
-        theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True,
-                        temperature=0.8, top_k=50, eos_token_id=None, pad_token_id=0)
+        theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
+                        do_sample=True, temperature=0.8, top_k=50, eos_token_id=None, pad_token_id=0)
         wait(device)
         return batch * tokens / (time.perf_counter() - started)
 
-    ours(), hugging_face(), first.clear()
+    ours()
+    hugging_face()
+    first.clear()
     pairs = [(ours(), hugging_face()) for _ in range(repeats)]
     limit = batch * read_rate(device) / sum(p.numel() * p.element_size() for p in model.parameters())
     return {"arch": arch, "size": size, "batch": batch, "device": device, "dtype": str(dtype).removeprefix("torch."),

@@ -23,18 +23,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_trainer.batches import TOGETHER, Stream, TokenCache, Windows, prepare_tokens
+from llm_trainer.data.batches import TOGETHER, Stream, TokenCache, Windows, prepare_tokens
 from llm_trainer.config import load_config
-from llm_trainer.data import Corpus, open_corpus, open_files
-from llm_trainer.tokenizer import Tokenizer, prepare_tokenizer
+from llm_trainer.data.corpus import Corpus
+from llm_trainer.data.sources import open_corpus, open_files
+from llm_trainer.events import silent
+from llm_trainer.data.tokenizer import Tokenizer, prepare_tokenizer
 
-QUIET = lambda *_: None
+QUIET = silent
 PREPARE_ALONE = """
 import json, resource, sys
 from pathlib import Path
-from llm_trainer.batches import prepare_tokens
-from llm_trainer.data import open_files
-from llm_trainer.tokenizer import Tokenizer
+from llm_trainer.data.batches import prepare_tokens
+from llm_trainer.data.sources import open_files
+from llm_trainer.data.tokenizer import Tokenizer
 
 def peak():
     if sys.platform == "darwin": return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,7 +61,9 @@ def together(corpus: Corpus) -> list[list[str]]:
     for text in (text for split in ("val", "train") for text in corpus.documents(split)):
         lists[-1].append(text)
         size += len(text)
-        if size >= TOGETHER: lists.append([]); size = 0
+        if size >= TOGETHER:
+            lists.append([])
+            size = 0
     return lists
 
 
@@ -90,7 +94,7 @@ def streaming(cache: TokenCache, batch_size: int, seq_len: int, batches: int, re
     "The stream and bare slices, in turns"
     ours = Stream(Windows(cache.train, seq_len), batch_size).iterate()
     bare = slices(cache.train, batch_size, seq_len)
-    drain = lambda batches_of: seconds(lambda: [None for _ in islice(batches_of, batches)])
+    def drain(batches_of): return seconds(lambda: [None for _ in islice(batches_of, batches)])
     pairs = [(drain(ours), drain(bare)) for _ in range(repeats + 1)][1:]
     speed, plain = (batches / statistics.median(column) for column in zip(*pairs))
     return dict(ratio=round(statistics.median(p / o for o, p in pairs), 3), batch=[batch_size, seq_len],
@@ -112,7 +116,8 @@ def memory(corpus: Corpus, tokenizer: Tokenizer, folder: Path, megabytes: int) -
     tokenizer.save(folder / "tokenizer")
     large_text(folder / "large.jsonl", corpus, megabytes)
     began = time.perf_counter()
-    child = subprocess.run([sys.executable, "-c", PREPARE_ALONE, folder / "large.jsonl", folder / "tokenizer", folder / "large"],
+    child = subprocess.run([sys.executable, "-c", PREPARE_ALONE, folder / "large.jsonl", folder / "tokenizer", folder
+                            / "large"],
                            check=True, capture_output=True, text=True)
     before, peak, tokens = json.loads(child.stdout.splitlines()[-1])
     return dict(megabytes=megabytes, tokens=tokens, peak_mb=round(peak / 1e6), of_imports_mb=round(before / 1e6),
@@ -134,7 +139,8 @@ def measure(megabytes: int = 100, repeats: int = 5, batches: int = 2000, config:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=100, help="of the text whose preparation is watched for memory")
+    parser.add_argument("--megabytes", type=int, default=100,
+                        help="of the text whose preparation is watched for memory")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=2000, help="taken from the stream each time")
     parser.add_argument("--config", default="quickstart", help="profile: corpus, tokenizer, shape of a batch")

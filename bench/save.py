@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from llm_trainer.checkpoint import Checkpoints, verify, write_tensors
+from llm_trainer.model.safetensors import write_tensors
+from llm_trainer.training.checkpoint import Checkpoints, verify
 
 
 def plain_save(folder: Path, content: dict[str, bytes]) -> float:
@@ -37,7 +38,7 @@ def measure(megabytes: int = 512, repeats: int = 5, where: Path | None = None) -
     "A third of the bytes as weights, two thirds as optimizer state, saved both ways in turn"
     root = Path(tempfile.mkdtemp(dir=where or Path.cwd(), prefix=".bench-save-"))
     rows = megabytes * 1_000_000 // (3 * 4 * 1024)
-    tensors = lambda n: {f"layer.{i:02d}": torch.randn(rows // 12, 1024) for i in range(12 * n)}
+    def tensors(n): return {f"layer.{i:02d}": torch.randn(rows // 12, 1024) for i in range(12 * n)}
     weights, state = tensors(1), tensors(2)
 
     def write(folder: Path) -> dict[str, str]:

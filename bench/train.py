@@ -1,18 +1,22 @@
-"""Training speed here: our Trainer on a profile, and beside it Hugging Face's Trainer on a GPT-2 of the very same shape.
+"""Training speed here: our Trainer on a profile, beside Hugging Face's Trainer on a GPT-2 of the very same shape.
 
     python bench/train.py [--config quickstart] [--steps 10] [--rounds 5] [--peer auto|trainer|loop|none]
-                          [--device D] [--dtype D] [--compile C] [--batch-size N] [--grad-accum-steps N] [--threads N]
+                          [--avx2] [--device D] [--dtype D] [--compile C] [--batch-size N] [--grad-accum-steps N]
+                          [--threads N]
 
 Everyone takes `steps` optimizer steps in turn, `rounds` times after one that doesn't count, so a busy machine is as
 unkind to one as to another; `ratio` is the median of the ratios of a round. Tokens are random: speed doesn't read them.
 Hugging Face's Trainer needs accelerate; without it the peer is a plain loop around the same GPT2LMHeadModel.
+With --avx2 the same again as on a CPU that has AVX2 and no more, as most laptops: the row `avx2`.
 Prints one JSON object.
 """
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,16 +26,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_trainer.batches import Stream, Windows
-from llm_trainer.config import Config, fields, load_config
-from llm_trainer.cost import flops_per_token, memory_estimate, parameters_count
+from llm_trainer.data.batches import Stream, Windows
+from llm_trainer.config import Config, all_settings, load_config
+from llm_trainer.model.cost import flops_per_token, memory_estimate, parameters_count
 from llm_trainer.device import Resolution, memory_used, resolve, seed_everything
-from llm_trainer.model import GPT
-from llm_trainer.optimizer import LRPlan, build_optimizer
-from llm_trainer.trainer import Trainer
-from llm_trainer.weights import hf_config
+from llm_trainer.model.transformer import GPT
+from llm_trainer.training.optimizer import LRSchedule, build_optimizer
+from llm_trainer.training.trainer import Trainer
+from llm_trainer.model.huggingface import hf_config
 
-QUIET = dict(log_every=0, eval_every=0, save_every=0, save_minutes=0, sample_every=0, schedule="constant", warmup_steps=0)
+QUIET = dict(log_every=0, eval_every=0, save_every=0, save_minutes=0, sample_every=0, schedule="constant",
+             warmup_steps=0)
 KNOBS = "device", "dtype", "compile", "batch_size", "grad_accum_steps", "threads"
 MATMULS = 10  # of one step of the matmul's own row
 
@@ -81,8 +86,8 @@ def our_step(config: Config, windows: Windows, vocab_size: int, resolution: Reso
     seed_everything(t.seed)
     model = GPT(config.model, vocab_size).to(resolution.device)
     stream = Stream(windows, t.batch_size, t.seed, pin_memory=resolution.device == "cuda")
-    events = iter(Trainer(model, build_optimizer(model, t), LRPlan.from_config(t, 1), stream, t, resolution,
-                          target_position=2**60, target_step=2**60))
+    events = iter(Trainer(model, build_optimizer(model, t, resolution.muon_dtype), LRSchedule.from_config(t, 1), stream,
+                          t, resolution, target_position=2**60, target_step=2**60))
     return lambda: next(event for event in events if event.kind == "step")
 
 
@@ -149,6 +154,16 @@ def hf_loop(config: Config, windows: Windows, vocab_size: int, turns: Turns, rou
         turns.guest_stepped()
 
 
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def as_avx2(words: list[str]) -> dict:
+    "What this script says of our own speed with these arguments, with AVX2 at most"
+    words = [sys.executable, __file__, *(w for w in words if w != "--avx2"), "--peer", "none"]
+    found = json.loads(subprocess.run(words, env={**os.environ, **AVX2}, stdout=subprocess.PIPE, check=True).stdout)
+    return {name: found[name] for name in ("dtype", "profile", "gpt2", "matmul_tflops")}
+
+
 PEERS = {"trainer": hf_trainer, "loop": hf_loop, "none": None}
 
 
@@ -179,10 +194,12 @@ def measure(config: str = "quickstart", steps: int = 10, rounds: int = 5, peer: 
     twin = own.replace(arch="gpt2", n_kv_head=None, head_size=None, n_hidden=None, optimizer="adamw")
     resolution = resolve(own.training)
     device = resolution.apply()
-    vocab_size = {"char": 128, "byte": 320}.get(own.data.tokenizer, -(-own.data.vocab_size // 64) * 64)  # padded for all
+    vocab_size = {"char": 128, "byte": 320}.get(own.data.tokenizer,
+                                                -(-own.data.vocab_size // 64) * 64)  # padded for all
     tokens = np.random.default_rng(0).integers(0, vocab_size, max(400_000, 64 * own.model.seq_len)).astype(np.uint16)
     windows = Windows(tokens, own.model.seq_len)
-    turns, batch_tokens = Turns(steps, resolution), own.training.batch_size * own.training.grad_accum_steps * own.model.seq_len
+    turns, sequences = Turns(steps, resolution), own.training.batch_size * own.training.grad_accum_steps
+    batch_tokens = sequences * own.model.seq_len
 
     def row(name: str, c: Config) -> dict:
         seconds, flops = turns.step_seconds(name), flops_per_token(c.model, vocab_size)
@@ -215,7 +232,8 @@ def measure(config: str = "quickstart", steps: int = 10, rounds: int = 5, peer: 
         memory=dict(peak_mb=round(memory / 1e6), of_training_mb=round((memory - before) / 1e6),
                     estimate_mb=round(estimate / 1e6)))
     names = {"trainer": "Hugging Face Trainer", "loop": "plain loop around GPT2LMHeadModel"}
-    if PEERS[peer]: found |= dict(peer=dict(row("peer", twin), name=names[peer]), ratio=round(turns.ratio("peer", "ours"), 3),
+    if PEERS[peer]:
+        found |= dict(peer=dict(row("peer", twin), name=names[peer]), ratio=round(turns.ratio("peer", "ours"), 3),
                                   ratio_profile=round(turns.ratio("peer", "ours, profile"), 3))
     return found | (dict(note=why) if why else {})
 
@@ -226,5 +244,10 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", choices=["auto", *PEERS], default="auto")
-    for name in KNOBS: parser.add_argument(f"--{name.replace('_', '-')}", type=fields()[name].parse, default=argparse.SUPPRESS)
-    print(json.dumps(measure(**vars(parser.parse_args())), indent=1))
+    for name in KNOBS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=all_settings()[name].parse, default=argparse.SUPPRESS)
+    parser.add_argument("--avx2", action="store_true", help="measure again with AVX2 at most")
+    args = vars(parser.parse_args())
+    again = args.pop("avx2")
+    found = measure(**args)
+    print(json.dumps(found | (dict(avx2=as_avx2(sys.argv[1:])) if again else {}), indent=1))

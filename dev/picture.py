@@ -1,6 +1,7 @@
 """Draws nbs/overview.svg, the picture of the front page: python dev/picture.py"""
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 OUT = Path(__file__).resolve().parent.parent / "nbs" / "overview.svg"
@@ -8,7 +9,8 @@ WIDTH, HEIGHT = 960, 400
 
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: #24323a; font-size: 14.5px; }
-.small { font-size: 12.5px; fill: #5b6b74; } .mono { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12.5px; }
+.small { font-size: 12.5px; fill: #5b6b74; }
+.mono { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12.5px; }
 .card { fill: #fbfaf6; }
 .box { fill: #fff; stroke: #b9c4c9; stroke-width: 1.3; }
 .store { fill: #eaf3f6; stroke: #6fa3b5; stroke-width: 1.3; }
@@ -22,11 +24,13 @@ text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fi
 """
 
 
-def box(x: int, y: int, w: int, h: int, title: str, lines: tuple[str, ...] = (), kind: str = "box", mono: bool = True) -> str:
+def box(x: int, y: int, w: int, h: int, title: str, lines: tuple[str, ...] = (), kind: str = "box",
+        mono: bool = True) -> str:
     "A rounded box with a title and smaller lines under it, all centred"
     top = y + h / 2 + 5 - 9 * len(lines)
     text = [f'<text x="{x + w / 2}" y="{top:g}" text-anchor="middle" font-weight="600">{title}</text>']
-    text += [f'<text class="small{" mono" if mono else ""}" x="{x + w / 2}" y="{top + 19 * (i + 1):g}" text-anchor="middle">{line}</text>'
+    text += [f'<text class="small{" mono" if mono else ""}" x="{x + w / 2}" y="{top + 19 * (i + 1):g}" '
+             f'text-anchor="middle">{line}</text>'
              for i, line in enumerate(lines)]
     return f'<rect class="{kind}" x="{x}" y="{y}" width="{w}" height="{h}" rx="9"/>' + "".join(text)
 
@@ -38,13 +42,15 @@ def arrow(path: str, label: str = "", at: tuple[int, int] = (0, 0), read: bool =
 
 def draw() -> str:
     "Text becomes tokens, a worker trains, two folders keep everything, and the views only read"
-    loss = " ".join(f"{568 + 2.6 * i:.1f},{110 - 46 * 2.718 ** (-i / 8) + (i * 7919 % 5 - 2) * .7:.1f}" for i in range(36))
+    loss = " ".join(f"{568 + 2.6 * i:.1f},{110 - 46 * 2.718 ** (-i / 8) + (i * 7919 % 5 - 2) * .7:.1f}"
+                    for i in range(36))
     parts = [
         box(30, 40, 120, 84, "your text", ("txt · jsonl", "parquet · hub")),
         box(196, 40, 120, 84, "tokens", ("tokenizer.json", "data/")),
         box(362, 40, 130, 84, "model", ("gpt2 · qwen3", "configs/*.toml")),
         '<rect class="train" x="538" y="26" width="150" height="112" rx="9"/>',
-        '<text x="613" y="50" text-anchor="middle" font-weight="600">trainer</text>', f'<polyline class="curve" points="{loss}"/>',
+        '<text x="613" y="50" text-anchor="middle" font-weight="600">trainer</text>',
+        f'<polyline class="curve" points="{loss}"/>',
         '<text class="small" x="613" y="129" text-anchor="middle">in the background</text>',
         arrow("M150 82 H192"), arrow("M316 82 H358"), arrow("M492 82 H534"),
         box(360, 214, 220, 76, "runs/quiet-otter-3fa9/", ("state.json · metrics.jsonl",), "store"),
@@ -64,9 +70,13 @@ def draw() -> str:
     ]
     tip = ('<marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
            '<path class="tip" d="M0 0L8 4L0 8z"/></marker>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="How a text becomes a model">'
-            f"<style>{STYLE}</style><defs>{tip}</defs><rect class=\"card\" width=\"{WIDTH}\" height=\"{HEIGHT}\" rx=\"14\"/>"
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="How a text '
+            f'becomes a model">'
+            f"<style>{STYLE}</style><defs>{tip}</defs><rect class=\"card\" width=\"{WIDTH}\" height=\"{HEIGHT}\" "
+            f"rx=\"14\"/>"
             + "\n".join(parts) + "</svg>\n")
 
 
-if __name__ == "__main__": OUT.write_text(draw(), encoding="utf-8")
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    OUT.write_text(draw(), encoding="utf-8")

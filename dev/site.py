@@ -1,17 +1,23 @@
 """Builds the documentation site with pip only: notebooks staged by nbdev, rendered by smalldocs.
 
-`python dev/site.py [FOLDER]` writes `_docs/` (or FOLDER), a folder of static files that works under any path and asks the network for
-nothing. Everything of nbdev and smalldocs that is not their public face is called here and nowhere else.
+`python dev/site.py [FOLDER]` writes `_docs/` (or FOLDER), a folder of static files that works under any path and asks
+the network for nothing. Whatever of nbdev and smalldocs isn't their public face is called here and nowhere else.
 """
 from __future__ import annotations
 
+import argparse
+import ast
 import html
+import importlib
+import inspect
 import itertools
+import json
 import os
 import posixpath
 import re
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -22,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
 
 
 def source_name(path: str) -> str:
-    "`tutorials/02_reading.ipynb` → `tutorials/02_reading.ipynb`; `05_model.ipynb` → `model.ipynb`: chapters lose their number"
+    "`05_transformer.ipynb` → `transformer.ipynb`: chapters lose their number, tutorials keep it"
     return re.sub(r"^\d+[a-z]?_", "", path)
 
 
@@ -67,13 +73,14 @@ def keep_source(nb) -> None:
 def fold(cell) -> None:
     "Show the source of an export as it is when it is short or a table of settings, folded when it is long"
     if cell.cell_type == "code" and "exports" in cell.directives_:
-        shown = "false" if cell.source.count("\n") <= SHORT or re.search(r"^class \w+\(Group\)", cell.source, re.M) else "true"
-        cell.source = f'#| code-fold: {shown}\n#| code-summary: "Source"\n{cell.source}'
+        short = cell.source.count("\n") <= SHORT or re.search(r"^class \w+\(Group\)", cell.source, re.M)
+        cell.source = f'#| code-fold: {"false" if short else "true"}\n#| code-summary: "Source"\n{cell.source}'
 
 
 def say_once(nb) -> None:
-    "All names of an export in the order of its source, then the source; no signature above an open one, which shows the same"
-    named = ((re.search(r"show_doc\((\w+)\)", cell.source or ""), cell) for cell in nb.cells if cell.cell_type == "code")
+    "The names of an export in the order of its source, then the source; above an open one no signature, which it shows"
+    named = ((re.search(r"show_doc\((\w+)\)", cell.source or ""), cell) for cell in nb.cells
+             if cell.cell_type == "code")
     documents = {found[1]: cell for found, cell in named if found}
     for source in [c for c in nb.cells if (c.source or "").startswith("#| code-fold")]:
         defined = re.findall(r"^(?:async )?(?:def|class) (\w+)", source.source, re.M)
@@ -83,8 +90,82 @@ def say_once(nb) -> None:
         nb.cells[at:at] = docs
         for out in (out for doc in docs for out in doc.outputs):
             text = "".join(out["data"]["text/markdown"]).removeprefix("---\n\n")
-            if source.source.startswith("#| code-fold: false"): text = re.sub(r"```python\n.*?\n```\n*", "", text, count=1, flags=re.S)
+            if source.source.startswith("#| code-fold: false"):
+                text = re.sub(r"```python\n.*?\n```\n*", "", text, count=1, flags=re.S)
             out["data"]["text/markdown"] = text
+
+
+@lru_cache
+def lines_of(path: str) -> dict[str, int]:
+    "Where each name of a module is defined: `Run.status` → its line"
+    found = {}
+    for thing in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+        if not isinstance(thing, ast.FunctionDef | ast.ClassDef): continue
+        found[thing.name] = thing.lineno
+        for part in thing.body if isinstance(thing, ast.ClassDef) else ():
+            if isinstance(part, ast.FunctionDef): found[f"{thing.name}.{part.name}"] = part.lineno
+    return found
+
+
+def link_source(text: str) -> str:
+    "nbdev's `source` links don't know their line; it is the one where the name that is explained is defined"
+    def line(match):
+        found = lines_of(match[1]).get(match[3])
+        return f"{match[1]}{f'#L{found}' if found else ''}{match[2]}"
+    return re.sub(r"(?<=blob/main/)(llm_trainer/[\w/]+\.py)#LNone(.*?\n#+ ([\w.]+))", line, text, flags=re.S)
+
+
+def parameters(module: str, name: str) -> str:
+    "The documented parameters of a function, or of a class's __init__, as a table; nothing where none is documented"
+    from fastcore.docments import docments
+    try:
+        thing = getattr(importlib.import_module(f"llm_trainer.{module}"), name)
+        rows = docments(thing.__init__ if inspect.isclass(thing) else thing, full=True,
+                        returns=not inspect.isclass(thing))
+    except (AttributeError, TypeError, OSError, ValueError): return ""
+    rows = {name: row for name, row in rows.items() if name != "self" and row.docment}
+    if not rows: return ""
+    def code(text): return f"`{text}`".replace("|", r"\|") if text else ""
+    def kind(row): return "" if row.anno is inspect.Parameter.empty else code(
+            getattr(row.anno, "__name__", "") if inspect.isclass(row.anno) and "[" not in str(row.anno)
+            else str(row.anno))
+    def start(row):
+        return "" if row.default is inspect.Parameter.empty or name == "return" else code(repr(row.default)[:40])
+    def words(row): return " ".join(str(row.docment).split()).replace("|", r"\|")
+    said = [f"| {'*returns*' if name == 'return' else code(name)} | {kind(row)} | "
+            f"{'' if name == 'return' else start(row)} | {words(row)} |" for name, row in rows.items()]
+    return "\n".join(["::: {.parameters}", "| parameter | type | default | what it is |", "|---|---|---|---|", *said,
+                      ":::"])
+
+
+def tabulate(nb, module: str | None) -> None:
+    "Under each name that a page explains: where its source is, and its parameters as a table"
+    for cell in nb.cells:
+        found = re.search(r"show_doc\((\w+)\)", cell.source or "") if cell.cell_type == "code" else None
+        for out in cell.outputs if found else ():
+            text = "".join(out.get("data", {}).get("text/markdown", ""))
+            if text: out["data"]["text/markdown"] = link_source(text) + "\n\n" + parameters(module, found[1]) + "\n"
+
+
+def describe(cell, before: str) -> None:
+    "What a picture shows, for readers who can't see it: the words in its code, else the sentence above it"
+    if cell.cell_type != "code" or "fig-alt" in cell.source: return
+    if not any("image/png" in out.get("data", {}) for out in cell.get("outputs", [])): return
+    def said(name): return re.findall(r"(?<![a-z])" + name + r"""\(?\s*=?\s*f?["']([^"'{]{2,80})""", cell.source)
+    x, y, title = (said(name)[:1] for name in ("xlabel", "ylabel", "title"))
+    words = f"{y[0]} against {x[0]}" if x and y else (x or y or [""])[0]
+    label = list(dict.fromkeys(text.strip(": ") for text in said("label") if len(text.strip(": ")) > 3
+                               and "=" not in text))
+    sentence = re.split(r"(?<=[.:])\s", " ".join(re.sub(r"[#*`|$\[\]]|\(\S+\)", "", before).split()))[-1:]
+    whole = "; ".join(filter(None, [*title, words, ", ".join(label)])) or (sentence or [""])[0].rstrip(":")
+    cell.source = f"#| fig-alt: {json.dumps(f'Plot: {whole}'[:200], ensure_ascii=False)}\n{cell.source}"
+
+
+def name_pictures(nb) -> None:
+    before = ""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": before = cell.source
+        else: describe(cell, before)
 
 
 def process(nb) -> None:
@@ -111,7 +192,9 @@ def process(nb) -> None:
     split_opening(nb)
     keep_source(nb)
     Chapter()(nb)
+    tabulate(nb, module)
     say_once(nb)
+    name_pictures(nb)
 
 
 def relink(text: str, page: str, site: str) -> str:
@@ -136,6 +219,8 @@ def stage(folder: Path, out: Path) -> None:
     os.environ["IN_TEST"] = "1"
     for name in notebooks():
         target = folder / source_name(name)
+        if target.exists():
+            raise SystemExit(f"{name} would replace another page called {target.stem}: rename one of the notebooks")
         target.parent.mkdir(parents=True, exist_ok=True)
         nb = read_nb(NBS / name)
         process(nb)
@@ -192,7 +277,8 @@ def render(folder: Path, out: Path) -> list[str]:
     class Book(Site):
         def render_page(self, page):
             super().render_page(page)
-            page.html, page.env["math"] = re.sub(r"<table.*?</table>", label, MATHS.sub(maths, page.html), flags=re.S), False
+            page.html, page.env["math"] = re.sub(r"<table.*?</table>", label, MATHS.sub(maths, page.html),
+                                                 flags=re.S), False
 
     site = Book(load(folder), quiet=True)
     count = site.build()
@@ -202,11 +288,79 @@ def render(folder: Path, out: Path) -> list[str]:
         text = copy.read_text(encoding="utf-8").replace(".llms.md", ".html.md")
         copy.rename(copy.with_name(copy.name.replace(".llms.md", ".html.md"))).write_text(text, encoding="utf-8")
     (out / ".nojekyll").touch()
+    finish(folder, out)
     print(f"wrote {count} pages; look at them: python -m http.server -d {os.path.relpath(out)}")
     return [w for w in site.warnings if "output-file" not in w]
 
 
+SKIP = '<a class="skip-link" href="#quarto-document-content">Skip to the text</a>'
+
+
+def finish(folder: Path, out: Path) -> None:
+    "What smalldocs leaves open: a way past the menus without a mouse, a search that works from a folder, llms.txt"
+    index = (out / "search.json").read_text(encoding="utf-8")
+    (out / "site_libs" / "search-index.js").write_text(SEARCH % index.replace("</", "<\\/"), encoding="utf-8")
+    for path in out.rglob("*.html"):
+        text, up = path.read_text(encoding="utf-8"), "../" * len(path.relative_to(out).parts[:-1])
+        text = re.sub(r"(<body[^>]*>)", r"\1" + SKIP, text, count=1)
+        text = text.replace(f'<script src="{up}site_libs/smalldocs.js"',
+                            f'<script src="{up}site_libs/search-index.js" defer></script>'
+                            f'<script src="{up}site_libs/smalldocs.js"', 1)
+        path.write_text(text, encoding="utf-8")
+    settings = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
+    (out / "llms.txt").write_text(llms(folder, settings["website"]["sidebar"]["contents"]), encoding="utf-8")
+
+
+# A browser fetches nothing for a page that it read from a folder, so there the index comes as a script.
+SEARCH = """if (location.protocol === "file:") {
+  const index = %s;
+  const ask = window.fetch;
+  window.fetch = (what, ...more) => String(what).endsWith("search.json")
+    ? Promise.resolve(new Response(JSON.stringify(index))) : ask(what, ...more);
+}
+"""
+
+
+def about(page: Path) -> tuple[str, str]:
+    "Title and one-sentence summary of a staged page"
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        front = yaml.safe_load(text.split("---")[1])
+        return front["title"], front.get("description", "")
+    starts = (re.match(r"---\n(.*?)\n---", "".join(cell["source"]), re.S) for cell in json.loads(text)["cells"])
+    front = next(filter(None, starts), None)
+    said = yaml.safe_load(front[1]) if front else {}
+    return said.get("title", page.stem), said.get("description", "")
+
+
+def llms(folder: Path, contents: list) -> str:
+    "llms.txt: every page in reading order, with what it is about"
+    lines = ["# llm_trainer", "", "> Train a GPT-style Transformer on your own machine: detached runs, honest status, "
+                                  "exact resume, "
+             "verified checkpoints", ""]
+    for entry in contents:
+        pages_of = entry["contents"] if isinstance(entry, dict) else [entry]
+        lines += [f"## {entry['section'] if isinstance(entry, dict) else 'Begin here'}", ""]
+        for name in pages_of:
+            title, words = about(folder / name)
+            lines.append(f"- [{title}]({re.sub(r'[.](ipynb|md)$', '', name)}.html.md){f': {words}' if words else ''}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def quicken() -> None:
+    "Without these, half of a build goes into reading pyproject.toml, naming CSS classes and loading a grammar"
+    import nbdev.config
+    import smalldocs.highlight
+
+    nbdev.config._load_toml = lru_cache(nbdev.config._load_toml)
+    smalldocs.highlight.css_class = lru_cache(smalldocs.highlight.css_class)
+    # nbformat loads jsonschema, that this: seconds, and no address is checked here
+    sys.modules["rfc3987_syntax"] = None
+
+
 def main(out: Path) -> int:
+    quicken()
     folder = out.with_name("_proc")
     stage(folder, out)
     warnings = render(folder, out)
@@ -214,4 +368,8 @@ def main(out: Path) -> int:
     return 1 if any("broken link" in w for w in warnings) else 0
 
 
-if __name__ == "__main__": sys.exit(main(Path(*sys.argv[1:2] or [ROOT / "_docs"]).resolve()))
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_docs",
+                        help="where the site goes (default: _docs)")
+    sys.exit(main(parser.parse_args().folder.resolve()))

@@ -20,12 +20,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from . import workspace
-from .errors import ConfigError, NotFoundError
+from .errors import ConfigError, NotFoundError, UsageError
 from .terminal import clean
 
 # %% auto #0
-__all__ = ['Text', 'LR_SETTINGS', 'setting', 'Group', 'ModelConfig', 'Source', 'DataConfig', 'TrainConfig', 'SampleConfig',
-           'Config', 'Knob', 'fields', 'changes', 'differences', 'profiles', 'load_config', 'idle', 'reference']
+__all__ = ['Text', 'Template', 'LR_SETTINGS', 'setting', 'Group', 'ModelConfig', 'Source', 'DataConfig', 'Recipe', 'Machine',
+           'Cadence', 'TrainConfig', 'deal', 'SampleConfig', 'Config', 'Setting', 'all_settings', 'changes',
+           'differences', 'profiles', 'load_config', 'idle', 'reference']
 
 # %% ../nbs/00_config.ipynb #514d7afb
 def setting(
@@ -39,6 +40,8 @@ def setting(
 
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Template = Annotated[str, StringConstraints(min_length=1, max_length=1000,
+                                            pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]+$")] # with lines
 
 
 class Group(BaseModel):
@@ -70,7 +73,7 @@ class ModelConfig(Group):
     @model_validator(mode="after")
     def _complete(self):
         "Derive the sizes that were not given, then check that they fit together"
-        derive = lambda name, value: object.__setattr__(self, name, value) if getattr(self, name) is None else None
+        def derive(name, value): return object.__setattr__(self, name, value) if getattr(self, name) is None else None
         if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), or state head_size")
         derive("head_size", self.n_embd // self.n_head)
@@ -86,8 +89,8 @@ class ModelConfig(Group):
             raise ValueError(f"head_size ({self.head_size}) × n_head ({self.n_head}) must equal n_embd "
                              f'({self.n_embd}) in gpt2; another head_size needs arch = "qwen3"')
         if self.arch == "qwen3" and self.head_size % 2:
-            raise ValueError(f"head_size ({self.head_size}) must be even in qwen3: rotary positions turn pairs of "
-                             "channels")
+            raise ValueError(f"head_size ({self.head_size}) must be even in qwen3: "
+                             "rotary positions turn pairs of channels")
         return self
 
 # %% ../nbs/00_config.ipynb #83012a4f
@@ -97,25 +100,35 @@ class Source(Group):
     weight: float = Field(1.0, description="Share of the training windows, relative to the others", gt=0, le=1e6)
     config: Text | None = Field(None, description="What `dataset_config` would be")
     revision: Text | None = Field(None, description="What `dataset_revision` would be")
-    text_column: Text | None = Field(None, description="What `text_column` would be")
+    text_column: Template | None = Field(None, description="What `text_column` would be")
 
 
 def _sources(value):
-    "TOML gives a list; a frozen config holds a tuple"
+    "TOML gives a list: of files, which are one corpus, or of corpora, which a frozen config holds as a tuple"
     if not isinstance(value, list): return value
     if not value: raise ValueError("dataset must name at least one corpus")
+    if all(isinstance(part, str) for part in value): return ",".join(value)
     return tuple(value)
 
 
+def _nearest(word, words) -> str:
+    "`; did you mean X?`, or nothing"
+    match = difflib.get_close_matches(word[:80], words, 1, 0.6)
+    return f"; did you mean {match[0]}?" if match else ""
+
+# %% ../nbs/00_config.ipynb #92b4b3f6
 class DataConfig(Group):
     "The text, and how it becomes tokens"
     dataset: Annotated[Text | tuple[Source, ...], BeforeValidator(_sources)] = setting("python-docs", "fixed",
-        "What to train on: python-docs or python-code (built in), a .txt/.jsonl/.parquet file or folder, the name of "
-        "a Hugging Face dataset; in a profile also a list of {name, weight}")
+        "What to train on: python-docs or python-code (built in); files and folders, several divided by commas "
+        "(text, source code, jsonl, json, csv, tsv, parquet, arrow, also packed as .gz or .zst); owner/name of a "
+        "Hugging Face dataset; in a profile also a list of files, or a mix: a list of {name, weight}")
     dataset_config: Text | None = setting(None, "fixed", "The dataset's configuration on the hub, where it has several")
     dataset_revision: Text | None = setting(None, "fixed",
         "Commit of the dataset on the hub; pin it to get the same text next year")
-    text_column: Text | None = setting(None, "fixed", "Column that holds the text. Default: text, else the only one")
+    text_column: Template | None = setting(None, "fixed",
+        "Column that holds the text, a nested one (doc.text), or a template over several ({title}\\n\\n{body}). "
+        "Default: text, else the only one, or the one with most of the characters")
     offline: bool = setting(False, "cosmetic", "Use only what is already in data/; never ask the network")
     streaming: bool = setting(False, "cosmetic",
         "Read a hub dataset as it arrives instead of downloading it first; for those bigger than the disk")
@@ -125,7 +138,8 @@ class DataConfig(Group):
         "Tokens the bpe tokenizer learns; 1,024 for a few MB of text, 8,192 for tens, 32,768 and more for GB",
         ge=257, le=1_000_000)
     val_fraction: float = setting(0.1, "fixed",
-        "Share of the text held out for validation where the dataset has no split of its own", ge=1e-6, le=0.5)
+        "Share of the text, in bytes, held out for validation where the dataset has no split of its own",
+        ge=1e-6, le=0.5)
     shuffle: bool = setting(True, "fixed", "Visit the windows in a seeded random order each epoch, not front to back")
     num_workers: int = setting(0, "cosmetic",
         "Processes that prepare batches; 0 is right unless the loop waits for data", ge=0, le=256)
@@ -139,15 +153,9 @@ class DataConfig(Group):
                              f"{_nearest(self.tokenizer, kinds)}; a folder is given as a path, as in ./my-tokenizer")
         return self
 
-
-def _nearest(word, words) -> str:
-    "`; did you mean X?`, or nothing"
-    match = difflib.get_close_matches(word[:80], words, 1, 0.6)
-    return f"; did you mean {match[0]}?" if match else ""
-
 # %% ../nbs/00_config.ipynb #800116c8
-class TrainConfig(Group):
-    "The recipe, the machine and the cadence"
+class Recipe(Group):
+    "How the model learns"
     batch_size: int = setting(16, "fixed",
         "Sequences that go through the model at once; lower it when memory runs out, and raise grad_accum_steps to "
         "keep the product", ge=1, le=65_536)
@@ -177,6 +185,15 @@ class TrainConfig(Group):
     grad_clip: float = setting(1.0, "changeable", "Longest gradient that is used as it is; 0: no limit", ge=0, le=1e6)
     patience: int = setting(0, "changeable",
         "Stop after this many evaluations in a row without a better validation loss; 0: never", ge=0, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _falls(self):
+        if self.min_lr > self.lr: raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g})")
+        return self
+
+# %% ../nbs/00_config.ipynb #36a56a67
+class Machine(Group):
+    "Where a run computes, and in what way"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "fixed",
         "Number format of the matrix products (weights stay float32); auto: bfloat16 where the hardware has it")
     compile: bool | Literal["auto"] = setting("auto", "fixed",
@@ -184,10 +201,17 @@ class TrainConfig(Group):
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "fixed",
         "Where to train; auto: the first of cuda, mps, cpu that is there")
     threads: int = setting(0, "fixed", "CPU threads; 0: one per physical core this process may use", ge=0, le=4096)
+    strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", "changeable",
+        "How several devices share a model: ddp keeps a copy on each, fsdp gives each a share; "
+        "auto: copies while they fit")
     deterministic: bool | Literal["auto"] = setting("auto", "fixed",
         "Only use operations that give the same bits each time; auto: true on CPU, false on CUDA, where it costs speed")
     seed: int = setting(1337, "fixed",
         "Decides the initial weights, the order of the data and dropout", ge=0, le=2**32 - 1)
+
+# %% ../nbs/00_config.ipynb #54ca2580
+class Cadence(Group):
+    "How often a run logs, validates, saves and writes a sample"
     log_every: int = setting(10, "cosmetic", "Steps between two points of the loss curve", ge=0, le=1_000_000_000)
     eval_every: int = setting(250, "cosmetic",
         "Steps between two validations (each saves a checkpoint first); 0: only at the end", ge=0, le=1_000_000_000)
@@ -203,20 +227,37 @@ class TrainConfig(Group):
         "Newest checkpoints kept, beside the best one; 0: keep all", ge=0, le=1_000_000)
     sample_every: int = setting(0, "cosmetic",
         "Steps between two sample texts; 0: none while training", ge=0, le=1_000_000_000)
+
+# %% ../nbs/00_config.ipynb #8cda319f
+class TrainConfig(Cadence, Machine, Recipe):
+    "The recipe, the machine and the cadence"
     init_from: Text | None = setting(None, "fixed",
         "Run or Hugging Face model folder whose weights and tokenizer to start from, instead of random weights")
 
-    @model_validator(mode="after")
-    def _falls(self):
-        if self.min_lr > self.lr: raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g})")
-        return self
+# %% ../nbs/00_config.ipynb #713f7cd6
+def deal(
+    batch_size:int, # The most sequences a process may hold at once
+    grad_accum_steps:int, # Times that make a step on one device
+    world:int # Processes that train together
+)->tuple[int, int]: # Sequences of a micro-batch; micro-batches of each process in a step
+    "How a step's sequences are shared; raises `UsageError` where they don't come out even"
+    everything = batch_size * grad_accum_steps
+    def divisor(n): return next(d for d in range(min(n, batch_size), 0, -1) if n % d == 0)
+    if everything % world:
+        best = max(world, round(everything / world) * world)
+        raise UsageError(f"{world} devices can't share {everything} sequences a step evenly (batch_size {batch_size} × "
+                         f"grad_accum_steps {grad_accum_steps}).\nThe nearest number that they can is {best}: "
+                         f"--batch-size {divisor(best)} --grad-accum-steps {best // divisor(best)}")
+    return divisor(everything // world), everything // world // divisor(everything // world)
 
-LR_SETTINGS = "lr", "min_lr", "schedule", "warmup_steps", "decay_fraction" # Of which the plan of learning rates is made
+
+LR_SETTINGS = "lr", "min_lr", "schedule", "warmup_steps", "decay_fraction" # What decides the learning-rate schedule
 
 # %% ../nbs/00_config.ipynb #838e5fb9
 class SampleConfig(Group):
     "How the sample texts of a run are drawn; `generate` has flags of its own for each"
-    sample_prompt: str = setting("The ", "cosmetic", "Text that the samples of a run continue", min_length=1, max_length=10_000)
+    sample_prompt: str = setting("The ", "cosmetic", "Text that the samples of a run continue", min_length=1,
+                                 max_length=10_000)
     max_new_tokens: int = setting(100, "cosmetic", "Length of a text, in tokens", ge=1, le=1_000_000)
     temperature: float = setting(0.8, "cosmetic",
         "Below 1 the likely tokens become likelier, above 1 all more alike; 0: always the likeliest", ge=0, le=100)
@@ -238,7 +279,7 @@ class Config(Group):
 
     def flat(self) -> dict[str, Any]:
         "Every setting by its name"
-        return {name: getattr(getattr(self, knob.group), name) for name, knob in fields().items()}
+        return {name: getattr(getattr(self, knob.group), name) for name, knob in all_settings().items()}
 
     def to_dict(self) -> dict[str, dict]:
         "Nested and ready for JSON; `from_dict` gives an equal config back"
@@ -247,28 +288,28 @@ class Config(Group):
     @classmethod
     def from_dict(cls,
         nested:dict[str, dict] # As `to_dict` makes it; settings that it lacks take their defaults
-    ) -> Config:
+    )->Config:
         "The config written in `nested`; raises `ConfigError`"
         return _build(nested, _in("stored config"))
 
     def replace(self,
         **settings # New values by name
-    ) -> Config:
+    )->Config:
         "A copy with other values, validated and derived anew; raises `ConfigError`"
-        where = lambda name=None: _shown(name) if name else "these settings"
+        def where(name=None): return _shown(name) if name else "these settings"
         return _build(_merge(self.model_dump(exclude_unset=True), settings, where), where)
 
     def _repr_markdown_(self) -> str:
         rows = [f"| `{name}` | {_shown(new)} | {_shown(old)} |" for name, (old, new) in differences(self).items()]
-        rest = f"\n\nThe other {len(fields()) - len(rows)} settings have their defaults."
+        rest = f"\n\nThe other {len(all_settings()) - len(rows)} settings have their defaults."
         return "\n".join(["| setting | value | default |", "|---|---|---|", *rows]) + rest
 
 
-_GROUPS = {name: field.annotation for name, field in Config.model_fields.items()}
+_GROUPS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
 
 # %% ../nbs/00_config.ipynb #342ac1c3
 @dataclass(frozen=True)
-class Knob:
+class Setting:
     "One setting as people see it"
     name: str
     group: str # model, data, training or sampling: its table in a profile
@@ -282,7 +323,7 @@ class Knob:
 
     def parse(self,
         text:str # As typed after the flag
-    ) -> Any: # The typed value; `text` itself where it can't be one
+    )->Any: # The typed value; `text` itself where it can't be one
         "Read a value from the command line"
         for choice in self.choices:
             if text.lower() == _shown(choice): return choice
@@ -297,7 +338,7 @@ def _kinds(annotation) -> Iterator:
         for arg in get_args(annotation): yield from [arg] if isinstance(arg, str) else _kinds(arg)
 
 
-def _knob(name: str, group: str, field) -> Knob:
+def _knob(name:str, group:str, field) -> Setting:
     kinds = list(_kinds(field.annotation))
     limits = {type(m).__name__.lower(): getattr(m, type(m).__name__.lower()) for m in field.metadata
               if type(m).__name__ in ("Ge", "Gt", "Le", "Lt")}
@@ -308,18 +349,19 @@ def _knob(name: str, group: str, field) -> Knob:
     elif kind == "text": expects = "a text"
     else: expects = (f"{'a whole number' if kind == 'int' else 'a number'} {'above' if 'gt' in limits else 'from'} "
                      f"{low:,} {'to below' if 'lt' in limits else 'up to' if 'gt' in limits else 'to'} {high:,}")
-    return Knob(name, group, kind, field.get_default(), field.description, (low, high), choices,
+    return Setting(name, group, kind, field.get_default(), field.description, (low, high), choices,
                 field.json_schema_extra["change"], expects)
 
-
+# %% ../nbs/00_config.ipynb #3632bef5
 @cache
-def fields() -> dict[str, Knob]:
+def all_settings() -> dict[str, Setting]:
     "Every setting by its name, in the order of this page"
     return {name: _knob(name, group, field) for group, cls in _GROUPS.items()
             for name, field in cls.model_fields.items()}
 
 
-_short = reprlib.Repr(); _short.maxstring = _short.maxother = 60
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
 
 
 def _shown(value) -> str:
@@ -335,7 +377,7 @@ def _shown(value) -> str:
 def changes(old:Config, new:Config) -> dict[str, tuple[Any, Any]]: # Setting → (old value, new value)
     "The settings in which two configs differ"
     before, after = old.flat(), new.flat()
-    return {name: (before[name], after[name]) for name in fields() if before[name] != after[name]}
+    return {name: (before[name], after[name]) for name in all_settings() if before[name] != after[name]}
 
 
 def differences(config:Config) -> dict[str, tuple[Any, Any]]: # Setting → (default, value)
@@ -345,19 +387,24 @@ def differences(config:Config) -> dict[str, tuple[Any, Any]]: # Setting → (def
 # %% ../nbs/00_config.ipynb #aa303c40
 def _problems(nested, where) -> Iterator[str]:
     "What is wrong with the tables and keys of `nested`, before any value is looked at"
-    if not isinstance(nested, dict): yield f"{where()}: must hold the tables {', '.join(_GROUPS)}"; return
+    if not isinstance(nested, dict):
+        yield f"{where()}: must hold the tables {', '.join(_GROUPS)}"
+        return
     for table, values in nested.items():
-        if table in fields(): yield f"{where(table)} stands outside its table; put it under [{fields()[table].group}]"
+        if table in all_settings():
+            yield f"{where(table)} stands outside its table; put it under [{all_settings()[table].group}]"
         elif table not in _GROUPS: yield f"{where()}: no such table: [{_shown(table)}]{_nearest(table, list(_GROUPS))}"
         elif not isinstance(values, dict): yield f"{where()}: {table} must be a table: [{table}]"
         else:
             for key in values:
                 if key in _GROUPS[table].model_fields: continue
-                if key in fields(): yield f"{where(key)} belongs in [{fields()[key].group}], not in [{table}]"
+                if key in all_settings():
+                    yield f"{where(key)} belongs in [{all_settings()[key].group}], not in [{table}]"
                 else: yield _unknown(where(key))
 
 
-def _unknown(key) -> str: return f"{key}: no such setting{_nearest(key.rpartition(' ')[2].lstrip('-'), list(fields()))}"
+def _unknown(key) -> str:
+    return f"{key}: no such setting{_nearest(key.rpartition(' ')[2].lstrip('-'), list(all_settings()))}"
 
 
 def _explain(error, where) -> str:
@@ -365,7 +412,7 @@ def _explain(error, where) -> str:
     if not error["loc"]: return f"{where()}: {error['ctx']['error']}"
     name, *inner = error["loc"]
     if error["type"] == "value_error": return f"{where(name)}: {error['ctx']['error']}"
-    knob, value = fields()[name], error["input"]
+    knob, value = all_settings()[name], error["input"]
     if len(inner) > 1: # one of the corpora of `dataset`
         path = ".".join([where(name), *(_shown(p) if isinstance(p, str) else str(p) for p in inner[1:])])
         return f"{path}: {error['msg'].replace(' or instance of Source', ', as {name, weight}')}"
@@ -374,7 +421,7 @@ def _explain(error, where) -> str:
     return f"{where(name)} must be {knob.expects}, not {_shown(value)}{guess}"
 
 
-def _refusal(problems: list[str]) -> ConfigError:
+def _refusal(problems:list[str]) -> ConfigError:
     "One error for all of `problems`"
     more = [f"… and {len(problems) - 5} more"] if len(problems) > 5 else []
     return ConfigError("\n".join([*problems[:5], *more, "Every setting: llm-trainer train --help"]))
@@ -383,7 +430,7 @@ def _refusal(problems: list[str]) -> ConfigError:
 def _build(
     nested:dict, # Tables of settings
     where # A setting → it and where it was written; nothing → where the whole was written
-) -> Config:
+)->Config:
     "The validated config; raises one `ConfigError` that tells all problems"
     problems, groups = list(_problems(nested, where)), {}
     for group, cls in _GROUPS.items() if not problems else ():
@@ -396,7 +443,7 @@ def _build(
     return Config(**groups)
 
 
-def _in(place: str): return lambda name=None: f"{place}: {_shown(name)}" if name else place
+def _in(place:str): return lambda name=None: f"{place}: {_shown(name)}" if name else place
 
 # %% ../nbs/00_config.ipynb #67858cb9
 def _packaged() -> Path:
@@ -407,13 +454,13 @@ def _packaged() -> Path:
 
 def profiles(
     configs:Path|None=None # A workspace's configs/ folder; its profiles win over the packaged ones
-) -> dict[str, Path]: # Name → file, in alphabetical order
+)->dict[str, Path]: # Name → file, in alphabetical order
     "The profiles that `--config NAME` can mean"
     folders = [_packaged(), *([Path(configs)] if configs else [])]
     return dict(sorted({file.stem: file for folder in folders for file in folder.glob("*.toml")}.items()))
 
 # %% ../nbs/00_config.ipynb #0ac61ac3
-def _locate(config: str | Path, configs: Path | None) -> Path:
+def _locate(config:str | Path, configs:Path | None) -> Path:
     "The file that a profile name or a path means"
     known = profiles(configs)
     if config in known: return known[config]
@@ -428,7 +475,7 @@ def _locate(config: str | Path, configs: Path | None) -> Path:
     return path
 
 
-def _read(path: Path) -> dict:
+def _read(path:Path) -> dict:
     "The tables of a TOML file; raises `ConfigError`"
     try:
         data = path.open("rb").read(65_537)
@@ -441,15 +488,15 @@ def _read(path: Path) -> dict:
     except OSError as e: raise ConfigError(f"{path}: can't be read: {e.strerror}") from None
 
 # %% ../nbs/00_config.ipynb #147a3fa3
-def _merge(nested: dict, settings: dict, where) -> dict:
+def _merge(nested:dict, settings:dict, where) -> dict:
     "`nested` with flat `settings` laid over it"
-    unknown = [_unknown(where(name)) for name in settings if name not in fields()]
+    unknown = [_unknown(where(name)) for name in settings if name not in all_settings()]
     if unknown: raise _refusal(unknown)
     merged = {table: dict(values) if isinstance(values, dict) else values for table, values in nested.items()}
     if "dataset" in settings and isinstance(merged.get("data"), dict):
         for name in ("dataset_config", "dataset_revision", "text_column"): merged["data"].pop(name, None)
     for name, value in settings.items():
-        table = merged.setdefault(fields()[name].group, {})
+        table = merged.setdefault(all_settings()[name].group, {})
         if isinstance(table, dict): table[name] = value
     return merged
 
@@ -458,7 +505,7 @@ def load_config(
     config:str|Path|None=None, # Profile name or path of a TOML file; None: the profile `default`
     overrides:dict[str, Any]|None=None, # Typed values by setting name, as flags give them; None values are ignored
     configs:Path|None=None # The workspace's configs/ folder; None: that of the workspace around the current folder
-) -> Config:
+)->Config:
     "Defaults → profile → overrides, validated; raises `ConfigError`, or `NotFoundError` for a missing file"
     if configs is None:
         try: configs = workspace.find().configs
@@ -468,7 +515,7 @@ def load_config(
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     flag, profile = lambda name: f"--{_shown(name)}", _in(str(path))
     whole = f"{path} with {' '.join(map(flag, given))}" if given else str(path)
-    where = lambda name=None: whole if name is None else flag(name) if name in given else profile(name)
+    def where(name=None): return whole if name is None else flag(name) if name in given else profile(name)
     return _build(_merge(_read(path), given, where), where)
 
 # %% ../nbs/00_config.ipynb #a27c5be6
@@ -488,8 +535,8 @@ def idle(config:Config) -> list[str]: # One sentence per setting that has no eff
 # %% ../nbs/00_config.ipynb #6a51ba3a
 def reference(
     group:str # model, data, training or sampling
-) -> str: # A Markdown table
+)->str: # A Markdown table
     "The settings of one group for people to read"
     rows = [f"| `{k.name}` | {_shown(k.default)} | {k.description}. *{k.expects[0].upper() + k.expects[1:]}.* | "
-            f"{k.change} |" for k in fields().values() if k.group == group]
+            f"{k.change} |" for k in all_settings().values() if k.group == group]
     return "\n".join(["| setting | default | what it is | on resume |", "|---|---|---|---|", *rows])

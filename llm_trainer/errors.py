@@ -1,4 +1,4 @@
-"""What can go wrong, said once: each error carries a whole message and the exit code the command line ends with."""
+"""What can go wrong: each error carries a whole message and the exit code that the command line ends with."""
 
 
 class LLMTrainerError(Exception):

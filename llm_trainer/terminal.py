@@ -12,18 +12,30 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 
 def clean(text: str, keep: str = "\n\t") -> str:
-    "`text` without escape sequences, control bytes, direction overrides and lone surrogates; `keep`: the rest of \\n\\t"
+    "`text` without escape sequences, control bytes, direction overrides, lone surrogates; `keep`: which of \\n\\t stay"
     text = _CONTROL.sub("", _SEQUENCE.sub("", str(text)))
     for char in "\n\t":
         if char not in keep: text = text.replace(char, " ")
     return text
 
 
+def inert(json: str) -> str:
+    "JSON text with every character that commands a terminal written as \\u and its number: the same JSON"
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json)
+
+
+def literal(text: str) -> str:
+    "`text` in Markdown, as it is: cleaned, its signs not markup"
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", lambda found: f"&#{ord(found[0])};", clean(text, ""))
+
+
 def sparkline(values: Sequence[float | None], width: int = 12) -> str:
     "A line of `width` bars that shows how `values` went; empty for fewer than two"
     points = [v for v in values if v is not None]
     if len(points) < 2: return ""
-    if len(points) > width: points = [points[i * len(points) // width] for i in range(width - 1)] + [points[-1]]
+    if len(points) > width:
+        cuts = [i * len(points) // width for i in range(width + 1)]
+        points = [sum(points[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:])]
     low, high = min(points), max(points)
     return "".join("▁▂▃▄▅▆▇█"[int((v - low) / ((high - low) or 1) * 7)] for v in points)
 
@@ -41,9 +53,16 @@ def duration(seconds: float | None) -> str:
 def count(n: float | None) -> str:
     "`1234567` → `1.23M`"
     if n is None: return "–"
+    digits = float(f"{n:.3g}")  # rounded here and nowhere else
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size: return f"{n / size:.3g}{unit}"
+        if abs(digits) >= size: return f"{digits / size:.3g}{unit}"
     return f"{n:.3g}" if isinstance(n, float) else str(n)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    "A loss or a like figure: fixed digits where they fit, powers of ten elsewhere, a dash where it is not known"
+    if value is None or value != value: return "–"
+    return f"{value:.{digits}f}" if 10 ** -digits <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
 
 
 def size(n: float | None) -> str:

@@ -36,7 +36,7 @@ class Workspace:
 
 
 def home(path: Path | str) -> Path:
-    "`path`, where ~ and ~user stand for a home folder; NotFoundError for that of nobody"
+    "`path`, where ~ and ~user stand for a home folder; NotFoundError where there is no such user"
     try: return Path(path).expanduser()
     except RuntimeError:
         raise NotFoundError(f"There is no home folder for the beginning of {clean(str(path)[:200], '')}.\n"
@@ -62,7 +62,7 @@ def open_workspace(root: Path) -> Workspace:
     s = _settings(root)
     if s is None: raise NotFoundError(f"{root} is no workspace: it has no settings.ini with a section "
                                       f"[llm_trainer].\nMake one: llm-trainer init {root}")
-    folder = lambda key: (root / home(s.get(key, key))).resolve()
+    def folder(key): return (root / home(s.get(key, key) or key)).resolve()
     return Workspace(root, folder("data"), folder("checkpoints"), folder("runs"), folder("configs"),
                      s.get("config", "default"), s.get("device", "auto"))
 

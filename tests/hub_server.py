@@ -1,10 +1,12 @@
-"""A hub for tests: the few routes of the Hugging Face hub that `datasets` asks for, over real HTTP on this machine.
+"""A hub for tests: the few routes of the Hugging Face hub that are asked for here, over real HTTP on this machine.
 
-`with Hub() as hub: hub.add("someone/tales", {"train": [...]})`, then point HF_ENDPOINT at `hub.url`. `hub.fault` makes
-it misbehave: "500" answers every request with an error, "slow" lets files wait, "cut" ends each file in the middle.
+`with Hub() as hub: hub.add("someone/tales", {"train": [...]})`, then point HF_ENDPOINT at `hub.url`; `hub.add_model`
+offers a model folder, and what is pushed with `hub.token` lands in `hub.models`. `hub.fault` makes it misbehave: "500"
+answers every request with an error, "slow" lets files wait, "cut" ends each file in the middle.
 """
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -24,6 +26,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.repos, self.fault, self.requests = {}, None, []
+        self.models, self.private, self.stored, self.token = {}, {}, {}, "hf_loopback"
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -53,6 +56,10 @@ class Hub(ThreadingHTTPServer):
             for path in paths: lines += [f"  - split: {path.split('/')[1].split('-')[0]}", f"    path: {path}"]
         files["README.md"] = "\n".join([*lines, "---", "# A dataset"]).encode()
 
+    def add_model(self, repo: str, folder):
+        "Offer a model: the files of a folder"
+        self.models[repo] = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
 
 class _Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -62,6 +69,7 @@ class _Answer(BaseHTTPRequestHandler):
     def do_HEAD(self): self.answer(body=False)
     def do_GET(self): self.answer()
     def do_POST(self): self.answer()
+    def do_PUT(self): self.answer()
 
     def send(self, code: int, body: bytes = b"", kind="application/json", headers: dict | None = None, head=False):
         self.send_response(code)
@@ -75,6 +83,13 @@ class _Answer(BaseHTTPRequestHandler):
         path, _, _ = self.path.partition("?")
         self.server.requests.append(f"{self.command} {path}")
         if self.server.fault == "500": return self.send(500, b'{"error": "Internal"}', head=not body)
+        if self.command == "PUT" or path in ("/api/repos/create", "/api/validate-yaml") or "/preupload/" in path or (
+                path.endswith("/info/lfs/objects/batch") or "/commit/" in path): return self.push(path, sent)
+        for repo, files in self.server.models.items():
+            if path.startswith(f"/api/models/{repo}"):
+                return self.api(repo, files, path.removeprefix(f"/api/models/{repo}").strip("/"), sent)
+            if path.startswith(f"/{repo}/resolve/"):
+                return self.file(files, path.removeprefix(f"/{repo}/resolve/").partition("/")[2], body)
         for repo, files in self.server.repos.items():
             if path.startswith(f"/api/datasets/{repo}"):
                 return self.api(repo, files, path.removeprefix(f"/api/datasets/{repo}").strip("/"), sent)
@@ -83,8 +98,11 @@ class _Answer(BaseHTTPRequestHandler):
         self.send(404, b'{"error": "Repository not found"}', headers={"X-Error-Code": "RepoNotFound"}, head=not body)
 
     def api(self, repo: str, files: dict, rest: str, sent: bytes):
-        entry = lambda p: {"type": "file", "path": p, "size": len(files[p]), "oid": hashlib.sha1(files[p]).hexdigest()}
+        def entry(p):
+            return {"type": "file", "path": p, "size": len(files[p]), "oid": hashlib.sha1(files[p]).hexdigest()}
         what, _, folder = rest.partition("/")
+        if what == "revision" and folder not in ("main", REVISION):
+            return self.send(404, b'{"error": "Invalid rev id"}', headers={"X-Error-Code": "RevisionNotFound"})
         folder = folder.partition("/")[2]
         if what == "tree":
             inside = [p for p in files if p.startswith(folder + "/" if folder else "")]
@@ -96,9 +114,40 @@ class _Answer(BaseHTTPRequestHandler):
             except ValueError: paths = [part.partition("=")[2].replace("%2F", "/") for part in sent.decode().split("&")]
             found = [entry(p) for p in paths if p in files]
         else:
+            siblings = [{"rfilename": p, "size": len(data)} for p, data in files.items()]
             found = {"id": repo, "sha": REVISION, "private": False, "gated": False, "disabled": False, "downloads": 0,
-                     "likes": 0, "tags": [], "siblings": [{"rfilename": p} for p in files]}
+                     "likes": 0, "tags": [], "siblings": siblings}
         self.send(200, json.dumps(found).encode())
+
+    def push(self, path: str, sent: bytes):
+        "What makes a repository and puts files into it, for who has the token"
+        hub, said = self.server, json.loads(sent) if self.command == "POST" and "/commit/" not in path else {}
+        if self.command == "PUT":
+            hub.stored[path.rpartition("/")[2]] = sent
+            return self.send(200)
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.send(401, b'{"error": "Invalid username or password."}')
+        if path == "/api/validate-yaml": return self.send(200, b'{"errors": [], "warnings": []}')
+        if path == "/api/repos/create":
+            repo = f"{said['organization']}/{said['name']}"
+            if repo in hub.models:
+                return self.send(409, json.dumps({"error": "exists", "url": f"{hub.url}/{repo}"}).encode())
+            hub.models[repo], hub.private[repo] = {}, said.get("visibility") == "private" or said.get("private")
+            return self.send(200, json.dumps({"url": f"{hub.url}/{repo}", "id": repo, "name": repo}).encode())
+        if "/preupload/" in path:
+            def mode(name): return "lfs" if name.endswith((".safetensors", ".gguf")) else "regular"
+            found = [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False} for f in said["files"]]
+            return self.send(200, json.dumps({"files": found}).encode())
+        if path.endswith("/info/lfs/objects/batch"):
+            found = [{**o, "actions": {"upload": {"href": f"{hub.url}/store/{o['oid']}"}}} for o in said["objects"]]
+            return self.send(200, json.dumps({"transfer": "basic", "objects": found}).encode())
+        repo = path.removeprefix("/api/models/").partition("/commit/")[0]
+        files = hub.models[repo]
+        for line in map(json.loads, sent.splitlines()):
+            value = line["value"]
+            if line["key"] == "file": files[value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile": files[value["path"]] = hub.stored[value["oid"]]
+        self.send(200, json.dumps({"commitUrl": f"{hub.url}/{repo}/commit/{REVISION}", "commitOid": REVISION}).encode())
 
     def file(self, files: dict, path: str, body: bool):
         about = {"X-Repo-Commit": REVISION, "Accept-Ranges": "bytes"}

@@ -16,7 +16,8 @@ def picture(svg: str) -> str:
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S)
     svg = re.sub(r"font-family: (?:Fira Code|arial)[^;]*;", f"font-family: {FONT};", svg)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
-    svg = re.sub(r'(-clip-terminal">\s*<rect x="0" y="0" width="[\d.]+" height=")([\d.]+)',  # Rich cuts the last line short
+    # Rich cuts the last line short
+    svg = re.sub(r'(-clip-terminal">\s*<rect x="0" y="0" width="[\d.]+" height=")([\d.]+)',
                  lambda found: f"{found[1]}{float(found[2]) + 4:.1f}", svg)
     return re.sub(r"[ \t]+\n", "\n", svg.replace("&#160;", "\u00a0"))
 

@@ -16,22 +16,24 @@ import torch
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Backend
 
-from llm_trainer.batches import (BLOCK, MixStream, Stream, Windows, open_tokens, permute, prepare_tokens, shares,
-                                 token_type, training_stream, val_batches, write_tokens)
-from llm_trainer.builtin import open_builtin
-from llm_trainer.data import open_corpus
+from hearing import Heard
+from llm_trainer.data.batches import (
+    BLOCK, MixStream, Stream, Windows, open_tokens, permute, prepare_tokens, shares, token_type,
+    training_stream, val_batches, write_tokens)
+from llm_trainer.data.builtin import open_builtin
+from llm_trainer.data.sources import open_corpus
+from llm_trainer.events import silent
 from llm_trainer.errors import DataError, NotFoundError
-from llm_trainer.tokenizer import Tokenizer, train_tokenizer
+from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer
 
-QUIET = lambda message: None
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
-    corpus = open_builtin("python-docs-tiny", data, 0.1, QUIET)
+    corpus = open_builtin("python-docs-tiny", data, 0.1, silent)
     tokenizer = train_tokenizer("bpe", 512, corpus.documents("train"))
-    cache = prepare_tokens(corpus, tokenizer, data, QUIET)
+    cache = prepare_tokens(corpus, tokenizer, data, silent)
     kinds = {kind: train_tokenizer(kind, 300, corpus.documents("train")) for kind in ("bpe", "char", "byte")}
     return SimpleNamespace(data=data, kinds=kinds, corpus=corpus, tokenizer=tokenizer, cache=cache)
 
@@ -44,7 +46,8 @@ def numbers(n, tmp_path):
 def take(stream, n, start=0): return list(islice(stream.iterate(start), n))
 
 
-def same(one, two): return len(one) == len(two) and all(torch.equal(a, b) for p, q in zip(one, two) for a, b in zip(p, q))
+def same(one, two):
+    return len(one) == len(two) and all(torch.equal(a, b) for p, q in zip(one, two) for a, b in zip(p, q))
 
 
 # -- token files
@@ -87,9 +90,11 @@ def test_a_long_document_has_the_tokens_of_the_whole(world, tmp_path):
     text = "\n".join(text for split in ("train", "val") for text in world.corpus.documents(split)) * 60  # over 3 MB
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     wish = SimpleNamespace(dataset=str(tmp_path / "a.txt"), text_column=None, val_fraction=0.5)
-    corpus = open_corpus(wish, tmp_path / "d", QUIET)
+    corpus = open_corpus(wish, tmp_path / "d", silent)
     seen = []
-    cache = prepare_tokens(corpus, world.tokenizer, tmp_path / "d", QUIET, lambda *told: seen.append(told))
+    def note(event):
+        if event.kind == "progress": seen.append((event.what, event.done, event.total))
+    cache = prepare_tokens(corpus, world.tokenizer, tmp_path / "d", note)
     train, val = (next(corpus.documents(split)) for split in ("train", "val"))
     eot = world.tokenizer.eot_id
     assert cache.train.tolist() == [eot, *world.tokenizer.encode(train)]
@@ -101,16 +106,17 @@ def test_a_large_vocabulary_takes_four_bytes(): assert token_type(65536) == "<u2
 
 
 def test_damaged_tokens_are_noticed_and_made_again(world, tmp_path):
-    cache = prepare_tokens(world.corpus, world.tokenizer, tmp_path, QUIET)
-    good, said = (cache.folder / "train.bin").read_bytes(), []
+    cache = prepare_tokens(world.corpus, world.tokenizer, tmp_path, silent)
+    good, said = (cache.folder / "train.bin").read_bytes(), Heard()
     (cache.folder / "train.bin").write_bytes(good[:-2])
     with pytest.raises(DataError, match="train.bin is damaged"): open_tokens(cache.folder)
-    assert prepare_tokens(world.corpus, world.tokenizer, tmp_path, said.append).train.tolist() == cache.train.tolist()
+    assert prepare_tokens(world.corpus, world.tokenizer, tmp_path, said).train.tolist() == cache.train.tolist()
     assert "made again" in said[0] and (cache.folder / "train.bin").read_bytes() == good
-    flipped = bytearray(good); flipped[100] ^= 4
+    flipped = bytearray(good)
+    flipped[100] ^= 4
     (cache.folder / "train.bin").write_bytes(flipped)
-    assert open_tokens(cache.folder).verify() == "train.bin is damaged"
-    with pytest.raises(DataError, match="prepare"): open_tokens(cache.folder, full=True)
+    assert open_tokens(cache.folder, full=False).verify() == "train.bin is damaged"
+    with pytest.raises(DataError, match="prepare"): open_tokens(cache.folder)
     with pytest.raises(NotFoundError, match="gone"): open_tokens(tmp_path / "tokens-nowhere")
     meta = json.loads((cache.folder / "meta.json").read_text())
     (cache.folder / "meta.json").write_text(json.dumps({**meta, "train_tokens": 1}))
@@ -189,7 +195,8 @@ def test_each_token_is_trained_once_an_epoch(tmp_path, shuffle):
 
 @pytest.mark.parametrize("make", [
     lambda tmp, **kw: Stream(Windows(numbers(997, tmp), 10), 4, seed=5, **kw),
-    lambda tmp, **kw: MixStream([Windows(numbers(997, tmp), 10), Windows(np.arange(500), 10)], [2, 1], 4, seed=5, **kw)])
+    lambda tmp, **kw: MixStream([Windows(numbers(997, tmp), 10), Windows(np.arange(500), 10)], [2, 1], 4, seed=5,
+                                **kw)])
 class TestBothStreams:
     def test_seeking_equals_replaying(self, make, tmp_path):
         replayed = take(make(tmp_path), 80)
@@ -213,7 +220,8 @@ class TestBothStreams:
 
     def test_the_global_random_state_plays_no_part(self, make, tmp_path):
         one = take(make(tmp_path), 5)
-        np.random.seed(1); torch.manual_seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
         assert same(take(make(tmp_path), 5), one)
 
 
@@ -255,13 +263,15 @@ def test_workers_ignore_signals_and_end_with_the_stream(tmp_path):
     batches = stream.iterate()
     first = next(batches)
     workers, end = [], time.monotonic() + 60
-    while os.path.exists("/proc") and len(workers) < 2:  # the second may still be on its way when the first has answered
+    # the second may still be on its way when the first has answered
+    while os.path.exists("/proc") and len(workers) < 2:
         assert time.monotonic() < end
         children = [int(pid) for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
                     if b"python" in open(f"/proc/{pid}/cmdline", "rb").read()]
         workers = [pid for pid in children if _ignores(pid, signal.SIGTERM)]
     for pid in workers:
-        os.kill(pid, signal.SIGINT); os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
     rest = [next(batches) for _ in range(50)]
     assert same([first, *rest], take(Stream(stream.windows, 4), 51))
     batches.close()

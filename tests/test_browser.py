@@ -1,4 +1,4 @@
-"""Real browser stories: a newcomer in JupyterLab, a reader of the site. Skipped, with the reason, without a Chromium."""
+"""Real browser stories: a newcomer in JupyterLab, a reader of the site. Skipped, with a reason, without Chromium."""
 import functools
 import http.server
 import json
@@ -13,27 +13,32 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import end_runs
 
-from llm_trainer import launch
-from llm_trainer.runs import list_runs
+from llm_trainer.runs.run import list_runs
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser"),
-              pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None,
+                                                      reason="no Chromium here: apt-get install chromium")]
+in_lab, on_site = pytest.mark.xdist_group("browser"), pytest.mark.xdist_group("site")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 
-PATIENCE = 300_000  # milliseconds: for two slow cores that have other things to do
+RUNS = Path("tmp/llm-trainer-lessons/runs")  # of the lessons, in a JupyterLab's home
+PATIENCE = 240_000  # milliseconds a wait may take: for two slow cores that have other things to do
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
-READY = """async () => { const a = window.jupyterapp; await a.restored; const w = a.shell.currentWidget;
-  await w.context.ready; await w.sessionContext.ready; const k = () => w.sessionContext.session?.kernel;
-  while (k()?.status !== 'idle' || k()?.connectionStatus !== 'connected') await new Promise(r => setTimeout(r, 100)); }"""
+# every word to the page is answered within `most` milliseconds or fails
+SAY = """([most, arg]) => Promise.race([(JS)(arg),
+  new Promise((_, fail) => setTimeout(() => fail(new Error(`no answer within ${most} ms`)), most))])"""
+KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+CONNECTED = f"() => {KERNEL}?.connectionStatus === 'connected'"
+IDLE = f"() => {KERNEL}?.connectionStatus === 'connected' && {KERNEL}?.status === 'idle'"
 COMMAND = "async name => { await window.jupyterapp.commands.execute(name) }"
 START = "name => { window.jupyterapp.commands.execute(name) }"
-RESTART = "async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }"
-POINTS = """() => { const p = [...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent).at(-1);
-  return p && p.data.length > 1 ? p.data[1].x.length : 0 }"""
+RESTART = f"async () => {{ await {KERNEL}.restart() }}"
+SHOWN = "() => [...document.querySelectorAll('.llm-chart')].filter(chart => chart.offsetParent).at(-1)"
+POINTS = f"() => ({SHOWN})()?.lines?.find(line => line.style === 'line')?.x.length ?? 0"
 GROWN = "n => (" + POINTS + ")() > n"
 
 
@@ -56,7 +61,19 @@ def look(browser, home, width=1280, height=850, **options):
     return page, errors, foreign
 
 
+def say(page, js, arg=None):
+    "What a function says in the page, with a bound on its promise"
+    return page.evaluate(SAY.replace("JS", js), [PATIENCE, arg])
+
+
 # JupyterLab ----------------------------------------------------------------------------------------------------------
+
+def faults(home):
+    "How tracebacks in the kernels' log end, but for that of a cell whose kernel was restarted before it could answer"
+    log = (home / "lab.log").read_text(errors="replace")
+    ends = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)", log)
+    return [end for end in ends if end != "zmq.error.ZMQError: Socket operation on non-socket"]
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -64,25 +81,28 @@ def lab(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     for name in ("notebooks", "tmp"): (home / name).mkdir()
     for source in (ROOT / "nbs" / "tutorials").glob("*.ipynb"): shutil.copy(source, home / "notebooks")
-    first = home / "notebooks" / "01_first_model.ipynb"  # a run that is still at it when a slow browser comes to press stop
+    # a run that is still at it when a slow browser comes to press stop
+    first = home / "notebooks" / "01_first_model.ipynb"
     longer = first.read_text(encoding="utf-8").replace("epochs=1, max_steps=300", "epochs=99")
     assert longer != first.read_text(encoding="utf-8")
     first.write_text(longer, encoding="utf-8")
-    env = {**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-           **{f"JUPYTER_{k}_DIR": str(home / k) for k in ("CONFIG", "DATA", "RUNTIME")}, "IPYTHONDIR": str(home / "ipython")}
-    options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--ServerApp.token=", "--ServerApp.password=", "--allow-root",
-               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", f"--ServerApp.root_dir={home / 'notebooks'}"]
+    env = {**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp"), "OMP_NUM_THREADS": "1",
+           "PYTHONPATH": str(ROOT), **{f"JUPYTER_{k}_DIR": str(home / k) for k in ("CONFIG", "DATA", "RUNTIME")},
+           "IPYTHONDIR": str(home / "ipython")}
+    options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--ServerApp.token=", "--ServerApp.password=",
+               "--allow-root", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+               f"--ServerApp.root_dir={home / 'notebooks'}"]
     with open(home / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + PATIENCE / 1000
-        while not (said := list((home / "RUNTIME").glob("jpserver-*.json"))) and time.monotonic() < deadline and server.poll() is None:
+        while not (said := list((home / "RUNTIME").glob("jpserver-*.json"))):
+            if time.monotonic() > deadline or server.poll() is not None: break
             time.sleep(.2)
         if not said: pytest.fail((home / "lab.log").read_text()[-2000:])
         yield json.loads(said[0].read_text())["url"].rstrip("/").replace("localhost", "127.0.0.1"), home
     finally:
-        for run in list_runs(home / "tmp" / "llm-trainer-lessons" / "runs"):
-            if run.locked: launch.stop(run, now=True)
+        end_runs(home / RUNS)
         server.send_signal(signal.SIGTERM)
         try: server.wait(20)
         except subprocess.TimeoutExpired: server.kill()
@@ -91,75 +111,104 @@ def lab(tmp_path_factory):
 def open_notebook(page, url, name):
     page.goto(f"{url}/lab/tree/{name}?reset")
     page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell")
-    page.evaluate(READY)
+    page.wait_for_function(IDLE)
 
 
 def run_cells(page, *words):
     "Run, in order, the code cells that contain one of `words`"
-    page.evaluate("""async words => { const w = window.jupyterapp.shell.currentWidget, cells = w.content.widgets;
-      for (const word of words) { const i = cells.findIndex(c => c.model.type === 'code' && c.model.sharedModel.source.includes(word));
-        w.content.activeCellIndex = i; await window.jupyterapp.commands.execute('notebook:run-cell') } }""", list(words))
+    say(page, """async words => { const w = window.jupyterapp.shell.currentWidget, cells = w.content.widgets;
+      const says = (c, word) => c.model.type === 'code' && c.model.sharedModel.source.includes(word);
+      for (const word of words) { const i = cells.findIndex(c => says(c, word));
+        if (i < 0) throw new Error(`no cell says ${word}`);
+        w.content.activeCellIndex = i; await window.jupyterapp.commands.execute('notebook:run-cell') } }""",
+                  list(words))
 
 
 def press_stop(page):
     "The second click must follow the first within five seconds, which a busy machine may miss"
-    while True:
+    for _ in range(10):
         page.locator("button.jupyter-button", has_text=re.compile("stop|sure")).first.click()
         try: return page.locator("button.jupyter-button", has_text="sure?").first.click(timeout=4000)
         except playwright.TimeoutError: pass
+    pytest.fail("the second click on stop never came in time")
 
 
+@in_lab
 def test_a_newcomer_watches_a_model_learn(lab, browser):
     url, home = lab
     page, errors, foreign = look(browser, url, height=1200)
     open_notebook(page, url, "01_first_model.ipynb")
-    page.evaluate(START, "notebook:run-all-cells")
+    say(page, START, "notebook:run-all-cells")
 
-    page.wait_for_selector(".js-plotly-plot")
+    page.wait_for_selector(".llm-chart")
     page.wait_for_function(GROWN, arg=2)
     seen = page.evaluate(POINTS)
     page.wait_for_function(GROWN, arg=seen)
-    runs = home / "tmp" / "llm-trainer-lessons" / "runs"
-    newest = list_runs(runs)[0]
-    assert newest.status()["status"] == "running" and newest.state()["step"] > 0
+    newest = list_runs(home / RUNS)[0]
+    assert newest.status().status == "running" and newest.state().step > 0
 
-    page.locator(".jupyter-widgets.widget-toggle-button", has_text="log").first.click()  # while the next cell waits for the run
-    page.wait_for_function("() => document.querySelector('.js-plotly-plot').layout.yaxis.type === 'log'")
+    page.locator(".jupyter-widgets.widget-toggle-button",
+                 has_text="log").first.click()  # while the next cell waits for the run
+    page.wait_for_function(f"() => ({SHOWN})().content.log")
     if path := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{path}/lab.png")
 
-    page.evaluate(RESTART)  # in the middle of it: the kernel dies, the worker does not
-    page.evaluate(READY)
-    page.evaluate(COMMAND, "notebook:clear-all-cell-outputs")
-    run_cells(page, "import tempfile", "workspace.init", "watch(runs=")
+    say(page, RESTART)  # in the middle of it: the kernel dies, the worker does not
+    page.wait_for_function(IDLE)
+    say(page, COMMAND, "notebook:clear-all-cell-outputs")
+    run_cells(page, "import tempfile", "workspace.init", "lt.watch()")
     page.wait_for_function(GROWN, arg=seen)
     seen = page.evaluate(POINTS)
     page.wait_for_function(GROWN, arg=seen)
-    assert newest.status()["status"] == "running" and page.locator(".jupyter-widgets", has_text=newest.id).count()
+    assert newest.status().status == "running" and page.locator(".jupyter-widgets", has_text=newest.id).count()
 
     handle = page.locator(".widget-slider .noUi-handle").first
     handle.focus()
     for _ in range(9): handle.press("ArrowRight")
-    page.wait_for_function("() => document.querySelector('.js-plotly-plot').data[0].opacity === 0.25")
+    page.wait_for_function(f"() => ({SHOWN})()?.lines[0].style === 'raw'")
 
     page.locator("button.jupyter-button", has_text="save").first.click()
     page.wait_for_selector("text=The last checkpoint is of step")
-    assert newest.state()["checkpoint_step"]
+    assert newest.state().checkpoint_step
 
     press_stop(page)
     page.wait_for_selector("text=Go on with: llm-trainer resume")
-    assert newest.status()["status"] == "stopped" and newest.state()["checkpoint_step"]
+    assert newest.status().status == "stopped" and newest.state().checkpoint_step
 
     page.locator("button.jupyter-button", has_text="generate").first.click()
     page.wait_for_selector("text=generated from the best checkpoint")
     page.wait_for_selector(f"text={newest.id}, best checkpoint")
     if path := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{path}/lab-stopped.png")
-    page.evaluate(COMMAND, "docmanager:save")
-    open_notebook(page, url, "01_first_model.ipynb")  # the page is loaded again, the kernel still holds the view
-    page.wait_for_function("n => document.querySelector('.js-plotly-plot')?._fullData[1]?._length > n", arg=seen)
+    assert not faults(home)  # at what a page tells a kernel, and nobody sees
     assert not errors and not foreign, (errors[:5], foreign[:5])
     page.close()
 
 
+@in_lab
+def test_a_page_loaded_again_shows_all_of_the_run_and_goes_on(lab, browser):
+    url, home = lab
+    end_runs(home / RUNS)
+    page, errors, foreign = look(browser, url, height=1200)
+    open_notebook(page, url, "01_first_model.ipynb")
+    say(page, COMMAND, "notebook:clear-all-cell-outputs")  # or JupyterLab would not trust what it loads
+    run_cells(page, "import tempfile", "workspace.init", "run = lt.start(config)", "lt.watch(run)")
+    page.wait_for_function(GROWN, arg=2)
+    seen = page.evaluate(POINTS)
+    say(page, COMMAND, "docmanager:save")
+    open_notebook(page, url, "01_first_model.ipynb")  # the page is loaded again, the kernel still holds the view
+    page.wait_for_function(GROWN, arg=seen)
+    seen = page.evaluate(POINTS)
+    page.wait_for_function(GROWN, arg=seen)
+    press_stop(page)
+    page.wait_for_selector("text=Go on with: llm-trainer resume")
+    say(page, COMMAND, "docmanager:save")
+    open_notebook(page, url, "01_first_model.ipynb")
+    page.wait_for_function(GROWN, arg=seen)
+    assert not faults(home)
+    assert not errors and not foreign, (errors[:5], foreign[:5])
+    page.close()
+
+
+@in_lab
 def test_sliders_move_the_distribution(lab, browser):
     url, home = lab
     page, errors, foreign = look(browser, url, height=1200)
@@ -175,33 +224,90 @@ def test_sliders_move_the_distribution(lab, browser):
     page.close()
 
 
+# The chart alone -----------------------------------------------------------------------------------------------------
+
+MODEL = """async ([code, content]) => {
+  const { default: chart } = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
+  const packed = c => ({ ...c, lines: c.lines.map(l => ({ ...l, x: new DataView(Float64Array.from(l.x).buffer),
+    y: new DataView(Float64Array.from(l.y, v => v ?? NaN).buffer) })) });
+  window.model = { content: packed(content), heard: [], get() { return this.content }, off() {},
+    on(name, call) { this.heard.push(call) },
+    set(c) { this.content = packed(c); this.heard.forEach(call => call()) } };
+  chart.render({ model, el: document.body }) }"""
+INK = """([x, y, w, h]) => { const c = document.querySelector('canvas');
+  const d = c.getContext('2d').getImageData(x, y, w, h).data;
+  return d.filter((v, i) => i % 4 === 3 && v > 200).length }"""
+
+
+@on_site
+@pytest.mark.parametrize("width, scheme", [(720, "light"), (360, "dark")])
+def test_a_chart_tells_values_zooms_and_hides(browser, width, scheme):
+    page, errors, foreign = look(browser, "http://127.0.0.1", width, 400, color_scheme=scheme)
+    page.goto("about:blank")
+    page.evaluate("() => { document.documentElement.style.colorScheme = 'light dark' }")
+    xs = list(range(1, 101))
+    content = dict(across="optimizer step", up="loss, nats per token", log=False, view="step loss", seams=[40], lines=[
+        dict(name="training", colour="#3b7dd8", style="line", x=xs, y=[None if x == 9 else 7 - x / 20 for x in xs]),
+        dict(name="validation", colour="#e07b39", style="dots", x=[50, 100], y=[4.7, 2.2]),
+        dict(name="best", colour="#3b7dd8", style="star", x=[100], y=[2.2])])
+    page.evaluate(MODEL, [(ROOT / "llm_trainer" / "notebook" / "chart.js").read_text(encoding="utf-8"), content])
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    canvas, tip = page.locator(".llm-chart canvas"), page.locator(".llm-chart .tip")
+    assert "loss, nats per token" in canvas.get_attribute("aria-label")
+    assert page.evaluate(INK, [62, 12, width - 80, 280]) > 100
+    whole = canvas.bounding_box()
+    middle = whole["x"] + 62 + (whole["width"] - 76) * 49 / 99, whole["y"] + 150
+    page.mouse.move(*middle)
+    assert tip.inner_text().split("\n") == ["optimizer step 50", "━ training 4.5", "━ validation 4.7"]
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1])
+    page.mouse.up()
+    page.mouse.move(whole["x"] + 63, middle[1])
+    assert "optimizer step 50" in tip.inner_text()  # the left edge is now where the drag began
+    page.evaluate("c => model.set(c)", content)
+    assert page.locator("text=whole curve").is_visible(), "news must not end a zoom"
+    page.locator("text=whole curve").click()
+    page.mouse.move(whole["x"] + 63, middle[1])
+    assert "optimizer step 1" in tip.inner_text() and not page.locator("text=whole curve").is_visible()
+    canvas.focus()
+    page.keyboard.press("ArrowRight")
+    page.locator(".legend button", has_text="validation").click()
+    canvas.hover(position=dict(x=100, y=150))
+    assert "validation" not in tip.inner_text() and "training" in tip.inner_text()
+    page.evaluate("c => model.set(c)", {**content, "lines": [], "log": True})  # a run without a line yet
+    assert page.locator(".legend button").count() == 0
+    if path := os.environ.get("SCREENSHOTS"):
+        page.evaluate("c => model.set(c)", {**content, "log": True})
+        canvas.hover(position=dict(x=200, y=150))
+        page.screenshot(path=f"{path}/chart-{scheme}.png")
+    assert not errors and not foreign, (errors[:5], foreign[:5])
+    page.close()
+
+
 # The site ------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "The site, served by a plain file server under a sub-path"
-    out = tmp_path_factory.mktemp("www") / "some" / "project"
-    out.parent.mkdir()
-    done = subprocess.run([sys.executable, ROOT / "dev" / "site.py", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
+def served(site):
+    "The site behind a plain file server, under a sub-path"
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=out.parent.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site.parent.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/some/project", out
+    yield f"http://127.0.0.1:{server.server_port}/some/project", site
     server.shutdown()
 
 
+@on_site
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-def test_every_page_reads_well(site, browser, width, scheme):
-    url, out = site
+def test_every_page_reads_well(served, browser, width, scheme):
+    url, out = served
     page, errors, foreign = look(browser, url, width, color_scheme=scheme)
     for path in sorted(out.rglob("*.html")):
         page.goto(f"{url}/{path.relative_to(out)}")
         name = path.relative_to(out)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the screen"
-        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), f"{name}: a picture is missing"
+        whole = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert whole, f"{name}: a picture is missing"
         assert page.evaluate("document.querySelector('main').innerText.length") > 40, f"{name} is empty"
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
@@ -209,11 +315,13 @@ def test_every_page_reads_well(site, browser, width, scheme):
     page.close()
 
 
-def test_a_reader_finds_generate_and_sees_code_in_colour(site, browser):
-    url, _ = site
+@on_site
+def test_a_reader_finds_generate_and_sees_code_in_colour(served, browser):
+    url, _ = served
     page, errors, foreign = look(browser, url)
     page.goto(f"{url}/sampler.html")
-    colours = page.evaluate("new Set([...document.querySelectorAll('pre code span')].map(s => getComputedStyle(s).color)).size")
+    colours = page.evaluate("new Set([...document.querySelectorAll('pre code span')].map(s => "
+                            "getComputedStyle(s).color)).size")
     assert colours >= 4
     page.locator("input[type=search], .smalldocs-search input").first.fill("generate")
     hit = page.locator(".smalldocs-search a[href], [role=option] a[href], .search-results a[href]").first

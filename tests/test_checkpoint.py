@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import save as reference_bytes
 from torture.store import ACTIONS, HERE, content, exit_code_of, small_store, sound
 
-from llm_trainer import failpoints
-from llm_trainer.checkpoint import (Checkpoints, SaveFailed, all_finite, file_hash, non_finite, read_header, read_tensors, replace_file,
-                                    sealed, step_name, unsealed, verify, weights_hash, write_file, write_tensors)
+from hearing import Heard
+from llm_trainer.system import failpoints
+from llm_trainer.model.safetensors import all_finite, non_finite, read_header, read_tensors, write_tensors
+from llm_trainer.system.files import file_hash, replace_file, sealed, unsealed, write_file
+from llm_trainer.training.checkpoint import Checkpoints, SaveFailed, step_name, verify, weights_hash
 from llm_trainer.errors import CheckpointError, NotFoundError, RunFailed, UsageError
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
+          torch.int8,
           torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn,
           torch.float8_e5m2]
 
@@ -36,8 +39,9 @@ def store(tmp_path): return small_store(tmp_path)
 
 
 def random_tensors(rng: random.Random) -> dict:
-    shape = lambda: [rng.randrange(0, 5) for _ in range(rng.randrange(0, 4))]
-    bytes_of = lambda dtype, s: torch.randint(0, 2, s).to(dtype) if dtype == torch.bool else torch.randint(0, 100, s).to(dtype)
+    def shape(): return [rng.randrange(0, 5) for _ in range(rng.randrange(0, 4))]
+    def bytes_of(dtype, s):
+        return torch.randint(0, 2, s).to(dtype) if dtype == torch.bool else torch.randint(0, 100, s).to(dtype)
     return {f"{rng.choice('abé')}.{i}": bytes_of(rng.choice(DTYPES), shape()) for i in range(rng.randrange(0, 12))}
 
 
@@ -49,21 +53,23 @@ def test_tensors_equal_the_reference_writer_byte_for_byte(tmp_path, seed):
     assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
     back = read_tensors(tmp_path / "x")
     assert back.keys() == tensors.keys()
-    raw = lambda t: t.reshape(-1).view(torch.uint8)
+    def raw(t): return t.reshape(-1).view(torch.uint8)
     for name, t in tensors.items(): assert back[name].dtype == t.dtype and torch.equal(raw(back[name]), raw(t))
 
 
 def test_views_and_slices_are_written_as_they_look(tmp_path):
     base = torch.arange(24.).reshape(4, 6)
-    views = {"t": base.T, "slice": base[1:3, ::2], "expanded": torch.ones(1).expand(5), "grad": base.clone().requires_grad_()}
+    views = {"t": base.T, "slice": base[1:3, ::2], "expanded": torch.ones(1).expand(5),
+             "grad": base.clone().requires_grad_()}
     write_tensors(tmp_path / "x", views)
     assert all(torch.equal(t, views[name]) for name, t in read_tensors(tmp_path / "x").items())
 
 
 def test_a_long_file_is_hashed_whole_though_the_hash_runs_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("llm_trainer.checkpoint.AHEAD", 1000)
+    monkeypatch.setattr("llm_trainer.system.files.AHEAD", 1000)
     chunks = [os.urandom(777) for _ in range(50)]
-    assert write_file(tmp_path / "x", chunks) == hashlib.sha256(b"".join(chunks)).hexdigest() == file_hash(tmp_path / "x")
+    digest = hashlib.sha256(b"".join(chunks)).hexdigest()
+    assert write_file(tmp_path / "x", chunks) == digest == file_hash(tmp_path / "x")
 
 
 def header(length=None, text=None, data=b"", **tensors):
@@ -78,12 +84,15 @@ LIES = {
     "deep object": header(text=b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "NaN": header(text=b'{"a": NaN}'),
     "huge number": header(text=b'{"a": ' + b"9" * 10_000 + b"}"), "bytes missing": header(a=A, data=b"1234"),
     "bytes to spare": header(a=A, data=b"123456789"), "unknown dtype": header(a={**A, "dtype": "F31"}, data=bytes(8)),
-    "shape lies": header(a={**A, "shape": [3]}, data=bytes(8)), "negative": header(a={**A, "shape": [-1, -2]}, data=bytes(8)),
+    "shape lies": header(a={**A, "shape": [3]}, data=bytes(8)),
+    "negative": header(a={**A, "shape": [-1, -2]}, data=bytes(8)),
     "overlap": header(a=A, b=A, data=bytes(8)), "gap": header(a={**A, "data_offsets": [4, 12]}, data=bytes(12)),
-    "offsets back": header(a={**A, "data_offsets": [8, 0]}, data=bytes(8)), "fraction": header(a={**A, "shape": [2.0]}, data=bytes(8)),
+    "offsets back": header(a={**A, "data_offsets": [8, 0]}, data=bytes(8)),
+    "fraction": header(a={**A, "shape": [2.0]}, data=bytes(8)),
     "boolean": header(a={**A, "shape": [2, True]}, data=bytes(8)), "not an object": header(a=[1], data=bytes(8)),
     "null": header(a=None), "strings": header(a={**A, "data_offsets": ["0", "8"]}, data=bytes(8)),
-    "a zip": b"PK\3\4" + bytes(100), "a pickle": b"\x80\x02cos\nsystem\n" + bytes(100), "surrogate": header(text=b'{"\xed\xa0\x80": 1}'),
+    "a zip": b"PK\3\4" + bytes(100), "a pickle": b"\x80\x02cos\nsystem\n" + bytes(100),
+    "surrogate": header(text=b'{"\xed\xa0\x80": 1}'),
 }
 
 
@@ -102,7 +111,8 @@ def test_a_true_header_is_read(tmp_path):
 def test_non_finite_tensors_are_named():
     tensors = {"fine": torch.ones(3), "ints": torch.arange(3), "inf": torch.tensor([1, float("-inf")]),
                "nan": torch.tensor(float("nan"), dtype=torch.bfloat16)}
-    assert non_finite(tensors) == ["inf", "nan"] and not all_finite(tensors) and all_finite({"a": torch.ones(1)}) and all_finite({})
+    assert non_finite(tensors) == ["inf", "nan"] and not all_finite(tensors) and all_finite({"a": torch.ones(1)})
+    assert all_finite({})
 
 
 def test_every_single_bit_of_a_manifest_is_guarded(store):
@@ -137,7 +147,7 @@ def test_folders_in_the_wrong_place_do_not_verify(store, tmp_path):
 
 def test_verify_reads_only_what_is_asked_for_but_sees_strangers(store):
     (store.path(30) / "state" / "trainer.json").write_text("{}")
-    weights = lambda name: not name.startswith("state/")
+    def weights(name): return not name.startswith("state/")
     assert not verify(store.path(30), weights) and not verify(store.path(30), ["model.safetensors"])
     assert "state/trainer.json" in verify(store.path(30))[0]
     assert verify(store.path(30), ["tokenizer.json"]) == ["tokenizer.json is missing"]
@@ -226,7 +236,8 @@ def test_the_index_is_only_a_memory(store):
 def test_saving_a_step_again_replaces_it(store):
     os.truncate(store.path(30) / "model.safetensors", 5)
     store.save(30, content(30))
-    assert not verify(store.path(30)) and sorted(os.listdir(store.folder)) == ["index.json", *map(step_name, (10, 20, 30))]
+    assert not verify(store.path(30))
+    assert sorted(os.listdir(store.folder)) == ["index.json", *map(step_name, (10, 20, 30))]
 
 
 def test_a_kill_between_the_two_names_of_a_replaced_step_loses_nothing(store):
@@ -260,8 +271,8 @@ def test_each_station_is_really_passed(store, name):
 
 
 def test_trouble_after_the_rename_is_said_and_not_raised(tmp_path):
-    store, said = small_store(tmp_path, keep=1), []
-    store.notify = said.append
+    store, said = small_store(tmp_path, keep=1), Heard()
+    store.emit = said
     for name in ("save.before-index", "index.before-replace", "prune.before", "prune.middle"):
         failpoints.arm(f"{name}=enospc")
         step = store.steps()[-1] + 10
@@ -273,7 +284,8 @@ def test_trouble_after_the_rename_is_said_and_not_raised(tmp_path):
 
 
 def test_no_room_is_seen_before_anything_is_written(store):
-    with pytest.raises(SaveFailed, match="MB left.*\n.*llm-trainer resume calm-heron-0001") as e: store.require_space(10**15)
+    with pytest.raises(SaveFailed, match="MB left.*\n.*llm-trainer resume calm-heron-0001") as e:
+        store.require_space(10**15)
     assert e.value.code == "disk_full" and isinstance(e.value, RunFailed) and isinstance(e.value, OSError)
     with pytest.raises(SaveFailed): store.save(40, content(40), size=10**15)
     store.reserve = 10**15
@@ -292,7 +304,7 @@ def test_modes_are_private(tmp_path):
 
 
 def _pin(folder, first):
-    store = Checkpoints(folder, folder.name, notify=print)
+    store = Checkpoints(folder, folder.name)
     for n in range(20): store.pin(10, f"pin-{first + n}")
 
 
@@ -318,7 +330,8 @@ def test_weights_hash_is_that_of_the_file(store):
 
 
 def test_the_store_needs_no_torch():
-    code = "import sys, llm_trainer.checkpoint; sys.exit(bool({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+    code = ("import sys, llm_trainer.training.checkpoint\n"
+            "sys.exit(bool({'torch', 'numpy', 'safetensors'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -327,11 +340,12 @@ def test_failpoints_are_off_unless_asked_for_and_refuse_nonsense(monkeypatch):
     for nonsense in ("save.before-tmp", "save.befor-tmp=kill", "save.before-tmp=explode", "save.before-tmp=kill:x"):
         with pytest.raises(ValueError): failpoints.arm(nonsense)
     failpoints.arm("*=raise:3")
-    failpoints.hit("lock.taken"), failpoints.hit("state.write")
+    failpoints.hit("lock.taken")
+    failpoints.hit("state.write")
     with pytest.raises(RuntimeError, match="prune.before"): failpoints.hit("prune.before")
     failpoints.hit("prune.before")
     env = {**os.environ, "LLM_TRAINER_FAILPOINTS": "worker.exit=kill"}
-    code = "from llm_trainer import failpoints; failpoints.hit('worker.exit')"
+    code = "from llm_trainer.system import failpoints; failpoints.hit('worker.exit')"
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
 
 

@@ -11,21 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import program
 
-from llm_trainer import cli, follow, runs, workspace
-from llm_trainer.tokenizer import train_tokenizer
-from llm_trainer.trainer import Evaluated, Phase, Saved, Step
-from llm_trainer.worker import Doing
+from llm_trainer import workspace
+from llm_trainer.cli import commands as cli, progress as follow
+from llm_trainer.runs import run as runs
+from llm_trainer.data.tokenizer import train_tokenizer
+from llm_trainer.events import Evaluated, Phase, Saved, Step
+from llm_trainer.events import Progress
+from llm_trainer.runs.writer import RunWriter
+from llm_trainer.system import locks
 
-PROGRAM = [sys.executable, "-m", "llm_trainer.cli"]
-
-
-@pytest.fixture
-def space(tmp_path, monkeypatch):
-    "An empty workspace, entered"
-    monkeypatch.delenv("LLM_TRAINER_HOME", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return workspace.init(tmp_path)
+PROGRAM = [sys.executable, "-m", "llm_trainer"]
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +32,6 @@ def trained(tmp_path_factory):
     ran = program(space, "train", "--config", "tiny", "--name", "done", "--max-steps", "12")
     assert ran.returncode == 0, ran.stderr
     return SimpleNamespace(root=space.root, said=ran.stdout)
-
-
-def program(space, *argv, **how):
-    "Run the real program in a workspace"
-    env = {**os.environ, "LLM_TRAINER_HOME": str(space.root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*PROGRAM, *argv], cwd=space.root, env=env, capture_output=True, text=True, **how)
 
 
 def files(root: Path) -> set[str]: return {str(f) for f in root.rglob("*")}
@@ -136,8 +127,8 @@ def test_wrong_arguments_are_refused_and_touch_nothing(space): assert fuzz(2000,
     (["watch"], 2, "needs a terminal"),
     *((argv.split(), 3, "no home folder") for argv in (
         "init ~nobody-here/x", "train --config ~nobody-here/x.toml", "train --dataset ~nobody-here/x",
-        "train --tokenizer ~nobody-here/x", "generate --prompt x --output ~nobody-here/x", "export --out ~nobody-here/x",
-        "generate --prompt-file ~nobody-here/x", "generate --prompts ~nobody-here/x")),
+        "train --tokenizer ~nobody-here/x", "generate --prompt x --output ~nobody-here/x",
+        "export --out ~nobody-here/x", "generate --prompt-file ~nobody-here/x", "generate --prompts ~nobody-here/x")),
 ])
 def test_bad_input_gives_one_message(space, capsys, argv, code, says):
     if "--more-epochs" in argv: runs.create_run(space.runs, {"training": {}}, name="some")
@@ -165,9 +156,9 @@ def test_every_command_has_help_that_fits(name, capsys):
 
 
 def test_train_has_a_flag_for_every_setting():
-    from llm_trainer.config import fields
+    from llm_trainer.config import all_settings
     flags = cli.front.commands["train"].flags
-    assert set(fields()) <= set(flags)
+    assert set(all_settings()) <= set(flags)
     for group in cli.GROUPS.values(): assert f"{group}\n" in cli.front.help(cli.front.commands["train"])
 
 
@@ -177,7 +168,7 @@ def write_run(space, name, ends=None, steps=20):
     "A run folder as a worker leaves it; without `ends`, as a killed one does"
     run = runs.create_run(space.runs, {"training": {"batch_size": 8, "lr": 1e-3}}, name=name, locked=True)
     run.add_attempt(target_epochs=2, target_steps=steps)
-    writer = runs.RunWriter(run, run.lock)
+    writer = RunWriter(run, run.lock)
     writer.log(Phase("training"))
     for i in range(1, steps + 1):
         writer.log(Step(i, i / 10, i * 512, 1e-3, 6 - i / 10, 1.0, 8500.0, 812_000_000, float(steps - i)))
@@ -196,8 +187,8 @@ def test_status_tells_each_end_and_the_command_that_helps(space, capsys):
     for name, end in ends.items(): write_run(space, name, end)
     says = {"good": ["✓ completed", "step 20 of 20", "4.2500"],
             "big": ["✗ failed", "oom: Memory ran out: 3 GB", "--batch-size 4"],
-            "killed": ["✗ crashed", "llm-trainer resume killed", "the end of its log"],
-            "wild": ["✗ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"],
+            "killed": ["! crashed", "llm-trainer resume killed", "the end of its log"],
+            "wild": ["∞ diverged", "--checkpoint best --lr 0.0005"], "full": ["llm-trainer resume full"],
             "gone": ["llm-trainer resume gone"]}
     for name, texts in says.items():
         assert cli.main(["status", name]) == 0
@@ -209,7 +200,8 @@ def test_status_tells_each_end_and_the_command_that_helps(space, capsys):
 def test_status_and_runs_as_json_and_csv(space, capsys):
     assert cli.main(["runs", "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
     assert cli.main(["status", "--json"]) == 0 and json.loads(capsys.readouterr().out) == {}
-    write_run(space, "older", ("completed",)), write_run(space, "newer")
+    write_run(space, "older", ("completed",))
+    write_run(space, "newer")
     assert cli.main(["runs", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [(r["run_id"], r["status"]) for r in listed] == [("newer", "crashed"), ("older", "completed")]
@@ -226,7 +218,8 @@ def test_status_and_runs_as_json_and_csv(space, capsys):
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_table_of_runs_fits_the_terminal(space, width):
-    write_run(space, "a-name-of-as-many-letters-as-anyone-will-ever-type", ("completed",)), write_run(space, "b")
+    write_run(space, "a-name-of-as-many-letters-as-anyone-will-ever-type", ("completed",))
+    write_run(space, "b")
     screen, terminal = os.openpty()
     env = {**os.environ, "LLM_TRAINER_HOME": str(space.root), "COLUMNS": str(width), "NO_COLOR": "1", "PYTHONUTF8": "1"}
     subprocess.run([*PROGRAM, "runs"], stdout=terminal, env=env, check=True)
@@ -242,13 +235,14 @@ def test_plain_lines_tell_how_far_a_preparation_is(monkeypatch, capsys):
     monkeypatch.setattr(follow.time, "monotonic", lambda: now[0])
     with follow.screen() as screen:
         for done in range(1, 11):
-            screen(Doing("reading", done, 100))
+            screen(Progress("reading", done, 100))
             now[0] += 1
     assert capsys.readouterr().out.splitlines() == ["reading 4%  1m36s left", "reading 9%  1m31s left"]
 
 
 def test_a_prefix_is_enough_unless_it_is_ambiguous(space, capsys):
-    write_run(space, "alpha-one"), write_run(space, "alpha-two")
+    write_run(space, "alpha-one")
+    write_run(space, "alpha-two")
     assert cli.main(["status", "alpha-o"]) == 0
     assert cli.main(["status", "alpha"]) == 2 and "alpha-one" in capsys.readouterr().err
 
@@ -279,14 +273,14 @@ def test_a_living_run_is_not_deleted(space, capsys):
 
 def test_completion_knows_commands_flags_profiles_and_runs(space):
     write_run(space, "quiet-otter-1234")
-    words = lambda *argv: [w for w, _ in cli.front.complete(list(argv))]
+    def words(*argv): return [w for w, _ in cli.front.complete(list(argv))]
     assert "train" in words("t") and "--n_layer" in words("train", "--n") and "tiny" in words("train", "--config", "")
     assert words("status", "q") == ["quiet-otter-1234"] and words("resume", "--lr-plan", "re") == ["redecay", "rewarm"]
 
 
 def test_bash_completes(space):
     write_run(space, "quiet-otter-1234")
-    script = f"""llm-trainer() {{ {sys.executable} -m llm_trainer.cli "$@"; }}
+    script = f"""llm-trainer() {{ {sys.executable} -m llm_trainer "$@"; }}
     source <(llm-trainer completion bash); COMP_WORDS=(llm-trainer status qui); COMP_CWORD=2
     _llm_trainer; echo "${{COMPREPLY[@]}}" """
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=space.root)
@@ -296,7 +290,7 @@ def test_bash_completes(space):
 # -- The real program
 
 def test_looking_loads_no_torch(space):
-    code = ("import sys; from llm_trainer.cli import main; main({!r})\n"
+    code = ("import sys; from llm_trainer.cli.commands import main; main({!r})\n"
             "print(sorted({{'torch', 'pydantic', 'rich'}} & set(sys.modules)))")
     write_run(space, "some", ("completed",))
     for argv in (["runs"], ["status"], ["--help"], ["stop", "some"], ["logs"]):
@@ -315,7 +309,7 @@ def test_wrong_arguments_through_a_real_shell(space, argv):
 
 def test_a_closed_pipe_is_quiet(space):
     write_run(space, "long", steps=400)
-    script = f"{sys.executable} -m llm_trainer.cli runs --csv long | head -1; exit ${{PIPESTATUS[0]}}"
+    script = f"{sys.executable} -m llm_trainer runs --csv long | head -1; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", script], cwd=space.root, capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stderr == ""
 
@@ -335,14 +329,15 @@ def test_dry_run_creates_nothing(space):
 
 @pytest.mark.parametrize("where", [[], ["--background"], ["--dry-run"]])
 def test_what_a_first_look_shows_to_be_no_text_is_refused_before_there_is_a_run(space, capsys, where):
-    for name, content in {"empty.txt": b"", "photo.txt": b"JFIF\0", "notes.md": b"text", "rows.jsonl": b'{"a": 1, "b": 2}',
-                          "vocabulary": b"no JSON"}.items():
+    for name, content in {"empty.txt": b"", "photo.txt": b"JFIF\0", "notes.pdf": b"%PDF\0",
+                          "rows.jsonl": b'{"a": 1, "b": 2}', "vocabulary": b"no JSON"}.items():
         (space.root / name).write_bytes(content)
     (space.root / "pictures").mkdir()
     before = files(space.root)
-    for flag, name, says in (("--dataset", "empty.txt", "holds no text"), ("--dataset", "photo.txt", "NUL bytes"),
-                             ("--dataset", "./notes.md", "ending .txt"), ("--dataset", "pictures", "no file that ends"),
-                             ("--dataset", "rows.jsonl", "--text_column NAME"), ("--tokenizer", "./vocabulary", "not JSON")):
+    for flag, name, says in (("--dataset", "empty.txt", "holds no text"), ("--dataset", "photo.txt", "not text"),
+                             ("--dataset", "./notes.pdf", "pdftotext"), ("--dataset", "pictures", "no file with text"),
+                             ("--dataset", "rows.jsonl", "--text-column NAME"),
+                             ("--tokenizer", "./vocabulary", "not JSON")):
         assert cli.main(["train", "--config", "tiny", flag, name, *where]) == 2
         out, err = capsys.readouterr()
         assert says in err and not out, err
@@ -359,14 +354,16 @@ def test_a_name_means_the_same_to_a_worker_that_stands_elsewhere(space, tmp_path
     (space.data / "only.txt").write_text("in data/ only " * 99)
     monkeypatch.setenv("LLM_TRAINER_HOME", str(space.root))
     monkeypatch.chdir(here)
-    settled = lambda **knobs: cli._config(space, "tiny", knobs).data
+    def settled(**knobs): return cli._config(space, "tiny", knobs).data
     found = settled(dataset="data", tokenizer="data/tokens.d", text_column="text")
     assert (found.dataset, found.tokenizer, found.text_column) == (f"{here}/data", f"{here}/data/tokens.d", "text")
     assert settled(dataset="only.txt").dataset == str(space.data / "only.txt")
     assert settled(dataset="python-docs").dataset == "python-docs" and settled(dataset="a/b").dataset == "a/b"
-    (space.configs / "mix.toml").write_text('data.dataset = [{name = "data", weight = 2.0, config = "c"}, {name = "python-docs"}]')
+    (space.configs / "mix.toml").write_text(
+        'data.dataset = [{name = "data", weight = 2.0, config = "c"}, {name = "python-docs"}]')
     mix = cli._config(space, "mix", {}).data.dataset
-    assert [(part.name, part.weight, part.config) for part in mix] == [(f"{here}/data", 2, "c"), ("python-docs", 1, None)]
+    parts = [(part.name, part.weight, part.config) for part in mix]
+    assert parts == [(f"{here}/data", 2, "c"), ("python-docs", 1, None)]
 
 
 def test_a_text_that_is_too_short_leaves_nothing(space):
@@ -395,7 +392,7 @@ def test_resume_of_a_completed_run_has_nothing_to_do(trained):
     assert ran.returncode == 0 and "nothing left to train" in ran.stdout
     ran = program(trained, "resume", "done", "--more-epochs", "2", "--lr-plan", "hold", "--dry-run")
     assert ran.returncode == 0
-    for text in ("from       step 12 of done", "lr plan    hold", "lr         ", "86 more"): assert text in ran.stdout
+    for text in ("from       step 12 of done", "lr plan    hold", "lr         ", "90 more"): assert text in ran.stdout
     ran = program(trained, "resume", "done", "--n_layer", "3")
     assert ran.returncode == 2 and "n_layer" in ran.stderr
 
@@ -412,8 +409,9 @@ def test_evaluate_prepares_again_what_was_removed(trained):
 def test_verify_and_export(trained, tmp_path):
     assert program(trained, "verify", "done").returncode == 0
     assert program(trained, "export", "done", "--out", str(tmp_path / "out")).returncode == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors",
-                                                    "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json"]
     assert program(trained, "export", "done", "--out", str(tmp_path / "out")).returncode == 2
 
 
@@ -453,7 +451,8 @@ def test_bytes_that_are_no_text_are_refused(trained):
 
 def test_generate(trained, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LLM_TRAINER_HOME", str(trained.root))
-    say = lambda *argv: (cli.main(["generate", "--prompt=The ", "--max-new-tokens=6", *argv]), *capsys.readouterr())
+    def say(*argv):
+        return (cli.main(["generate", "--prompt=The ", "--max-new-tokens=6", *argv]), *capsys.readouterr())
     assert say("--seed=3") == say("--seed=3")
     code, out, _ = say("--temperature=0", "--json", "--num-samples=2")
     texts = json.loads(out)["texts"]
@@ -472,7 +471,8 @@ def test_many_prompts(trained, monkeypatch, capsys, tmp_path):
     file, prompts = tmp_path / "prompts.jsonl", ["one", "two\u2028\u0085 lines", "three\n"]
     def say(*rows):
         file.write_text("\n".join(rows), encoding="utf-8", newline="")
-        return cli.main(["generate", f"--prompts={file}", "--max-new-tokens=6", "--temperature=0", "--json"]), *capsys.readouterr()
+        return cli.main(["generate", f"--prompts={file}", "--max-new-tokens=6", "--temperature=0",
+                         "--json"]), *capsys.readouterr()
     rows = json.dumps({"prompt": prompts[0]}), "", json.dumps(prompts[1], ensure_ascii=False), json.dumps(prompts[2])
     code, out, _ = say(*rows)
     texts = json.loads(out)["texts"]
@@ -489,13 +489,16 @@ def test_many_prompts(trained, monkeypatch, capsys, tmp_path):
 def test_ctrl_c_ends_a_text_politely(trained, tmp_path):
     env = {**os.environ, "LLM_TRAINER_HOME": str(trained.root), "OMP_NUM_THREADS": "1"}
     argv = ["generate", "--prompt=The ", "--max-new-tokens=1000000", "--ignore-eot"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests themselves may run where Ctrl-C is ignored
+    def heard():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests themselves may run where Ctrl-C is ignored
     with subprocess.Popen([*PROGRAM, *argv], cwd=trained.root, env=env, preexec_fn=heard,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
         begun = writer.stdout.read(1)
         while True:  # one that falls into a destructor is lost to any Python program; a person presses again
             writer.send_signal(signal.SIGINT)
-            try: rest, said = writer.communicate(timeout=30); break
+            try:
+                rest, said = writer.communicate(timeout=30)
+                break
             except subprocess.TimeoutExpired: continue
     assert begun and rest.endswith(b"\n") and not said and writer.returncode == 130
 
@@ -516,9 +519,26 @@ def test_a_damaged_checkpoint_folder_is_not_read(trained, tmp_path):
 
 
 def test_interactive(trained):
-    said = "The \n/set temperature 0\n/set tempreature 1\n/set top_p 3\n/more\n/more\n/sat\n/set stop [\"a\", \"b\"]\n/history\n/quit\n"
+    said = ("The \n/set temperature 0\n/set tempreature 1\n/set top_p 3\n/more\n/more\n/sat\n"
+            '/set stop ["a", "b"]\n/history\n/quit\n')
     ran = program(trained, "generate", "--interactive", "--max-new-tokens=90", input=said)
     assert ran.returncode == 0 and not ran.stderr
-    for text in ("temperature 0.0", "Did you mean temperature?", "top_p must be", "Did you mean /set?", "('a', 'b')", "1  The"):
+    for text in ("temperature 0.0", "Did you mean temperature?", "top_p must be", "Did you mean /set?", "('a', 'b')",
+                 "1  The"):
         assert text in ran.stdout
     assert "The prompt has" not in ran.stdout  # /more goes on beyond the context
+
+
+def test_who_waits_for_another_reads_so_while_waiting(space):
+    (space.root / "a.txt").write_text("One word after another. " * 400)
+    prepare = [*PROGRAM, "prepare", "--config", "tiny", "--dataset", "a.txt"]
+    subprocess.run(prepare, check=True, capture_output=True)
+    folder, = [f.parent for f in space.data.glob("tokens-*/meta.json")]
+    shutil.rmtree(folder)
+    with locks.Lock(folder.with_name(f".{folder.name}.lock")) as held:
+        assert held.acquire()
+        with subprocess.Popen(prepare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waits:
+            said = next(line for line in waits.stdout if "Another process is preparing" in line)
+            assert folder.name in said and "waiting" in said and waits.poll() is None
+            held.release()
+            assert "train tokens" in waits.communicate()[0] and waits.returncode == 0 and folder.is_dir()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llm_trainer.config import (Config, ModelConfig, changes, differences, fields, idle, load_config,
-                                profiles, reference)
+from llm_trainer.config import (
+    Config, ModelConfig, changes, all_settings, differences, idle, load_config, profiles, reference)
 from llm_trainer.errors import ConfigError, NotFoundError
 from llm_trainer.terminal import clean
 
@@ -73,14 +73,14 @@ def test_a_missing_file_is_not_found(tmp_path):
 # Settings
 
 def test_the_names_of_the_contract():
-    assert set(FIXED_NAMES) <= set(fields())
+    assert set(FIXED_NAMES) <= set(all_settings())
 
 
 def test_names_are_unique_across_groups():
-    assert len(fields()) == sum(len(type(group).model_fields) for _, group in Config())
+    assert len(all_settings()) == sum(len(type(group).model_fields) for _, group in Config())
 
 
-@pytest.mark.parametrize("knob", fields().values(), ids=lambda k: k.name)
+@pytest.mark.parametrize("knob", all_settings().values(), ids=lambda k: k.name)
 def test_every_setting_is_described_bounded_and_classed(knob):
     assert len(knob.description) > 20 and not knob.description.endswith(".")
     assert knob.change in ("fixed", "changeable", "cosmetic")
@@ -89,7 +89,8 @@ def test_every_setting_is_described_bounded_and_classed(knob):
     assert f"`{knob.name}`" in reference(knob.group)
 
 
-@pytest.mark.parametrize("knob", [k for k in fields().values() if k.type in ("int", "float")], ids=lambda k: k.name)
+@pytest.mark.parametrize("knob", [k for k in all_settings().values() if k.type in ("int", "float")],
+                         ids=lambda k: k.name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308, -1, 10**400, "1", True, [1], {"a": 1}, "ten"],
                          ids=repr)
 def test_no_number_takes_what_is_none(knob, value):
@@ -104,13 +105,13 @@ def test_types_are_strict():
 
 def test_every_knob_reads_its_own_default_from_text():
     for name, value in Config().flat().items():
-        if value is not None: assert fields()[name].parse(str(value)) == value
+        if value is not None: assert all_settings()[name].parse(str(value)) == value
 
 
 @pytest.mark.parametrize("name,text,value", [("lr", "3e-4", 3e-4), ("n_layer", "4", 4), ("compile", "True", True),
     ("compile", "auto", "auto"), ("shuffle", "false", False), ("dataset", "5", "5"), ("n_layer", "4.0", "4.0")])
 def test_flags_are_parsed_by_type(name, text, value):
-    parsed = fields()[name].parse(text)
+    parsed = all_settings()[name].parse(text)
     assert parsed == value and type(parsed) is type(value)
 
 
@@ -139,7 +140,8 @@ def test_a_tokenizer_is_a_kind_or_a_path():
 
 
 def test_a_text_is_not_empty():
-    for name in ("sample_prompt", "dataset"): assert "a text" in (said := refusal("tiny", {name: ""})) and 'not ""' in said
+    for name in ("sample_prompt", "dataset"):
+        assert "a text" in (said := refusal("tiny", {name: ""})) and 'not ""' in said
 
 
 def test_a_mix_of_datasets(tmp_path):
@@ -207,7 +209,7 @@ def test_unknown_flags_suggest_the_nearest():
 JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
                     max_leaves=8)
-KEYS = st.sampled_from([*fields(), "model", "data", "training", "sampling"]) | st.text(max_size=12)
+KEYS = st.sampled_from([*all_settings(), "model", "data", "training", "sampling"]) | st.text(max_size=12)
 
 
 @settings(max_examples=300, deadline=None)
@@ -236,7 +238,8 @@ def test_changes_and_differences():
 def test_settings_without_effect_are_told():
     told = idle(load_config("tiny", {"tokenizer": "byte", "decay_fraction": 0.5}))
     assert [line.split()[0] for line in told] == ["vocab_size", "decay_fraction"]
-    mixed = lambda *configs: Config().replace(dataset=[{"name": "a/b", "config": c} for c in configs], dataset_config="all")
+    def mixed(*configs):
+        return Config().replace(dataset=[{"name": "a/b", "config": c} for c in configs], dataset_config="all")
     assert idle(mixed("one", None)) == [] and "its own config" in idle(mixed("one", "two"))[0]
 
 

@@ -2,11 +2,12 @@
 import pytest
 import torch
 
-from llm_trainer import gpu
+from llm_trainer.generation import kernels as gpu
 from llm_trainer.config import ModelConfig
-from llm_trainer.filters import Sampling, apply_filters, draw, top_k, uniforms
-from llm_trainer.model import GPT, KVCache
-from llm_trainer.sampler import pad_left, window_start, write_tokens
+from llm_trainer.generation.filters import apply_filters, draw, top_k, uniforms
+from llm_trainer.generation.sampling import Sampling
+from llm_trainer.model.transformer import GPT, KVCache
+from llm_trainer.generation.sampler import pad_left, window_start, sample_tokens
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -14,8 +15,10 @@ CONTEXT = 24
 PROMPTS = [[5, 6, 7], list(range(CONTEXT)), [9], list(range(20, 40)), [250], [1, 2]]
 SHAPES = {"gpt2": dict(arch="gpt2", n_head=2), "qwen3": dict(arch="qwen3", n_head=4, n_kv_head=2),
           "odd": dict(arch="gpt2", n_head=4, n_embd=96)}  # heads of 24 channels: no power of two
-KNOBS = {"greedy": dict(temperature=0), "plain": dict(), "shortlist": dict(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02),
-         "nucleus": dict(top_p=0.9), "looks back": dict(temperature=0.9, top_k=20, repetition_penalty=1.2, no_repeat_ngram=3)}
+KNOBS = {"greedy": dict(temperature=0), "plain": dict(),
+         "shortlist": dict(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02),
+         "nucleus": dict(top_p=0.9),
+         "looks back": dict(temperature=0.9, top_k=20, repetition_penalty=1.2, no_repeat_ngram=3)}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -49,13 +52,13 @@ def obvious(model, ids, sampling, seed):
 @pytest.mark.parametrize("rows", [1, 3, 6])  # alone, by our kernels, by cuBLAS
 def test_the_text_is_the_obvious_one_also_beyond_the_context(model, way, knobs, rows):
     s, seeds = Sampling(max_new_tokens=60, **knobs), list(range(rows))
-    got = [list(row) for row in zip(*(ids for ids, _ in write_tokens(model, PROMPTS[:rows], s, seeds)))]
+    got = [list(row) for row in zip(*(ids for ids, _ in sample_tokens(model, PROMPTS[:rows], s, seeds)))]
     assert got == [obvious(model, p, s, seed) for p, seed in zip(PROMPTS, seeds)]
 
 
 def test_log_probabilities_are_the_models_own(model, way):
     s = Sampling(max_new_tokens=12, logprobs=True, temperature=0.7, top_k=20)
-    tokens, logps = zip(*((ids[0], logps[0]) for ids, logps in write_tokens(model, [[5, 6, 7]], s, [1])))
+    tokens, logps = zip(*((ids[0], logps[0]) for ids, logps in sample_tokens(model, [[5, 6, 7]], s, [1])))
     with torch.no_grad(): logp = model(torch.tensor([[5, 6, 7, *tokens]], device="cuda"))[0].log_softmax(-1)[0]
     for i, token in enumerate(tokens): assert logps[i] == pytest.approx(logp[2 + i, token].item(), abs=1e-3)
 
@@ -90,3 +93,18 @@ def test_a_shortlist_holds_what_top_k_keeps(vocabulary, dtype):
         for row, some, their in zip(top_k(logits.float(), k), scores, ids):
             kept = row.isfinite().nonzero()[:, 0]
             assert torch.equal(their[some.isfinite()], kept) and torch.equal(some[some.isfinite()], row[kept])
+
+
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
+def test_rows_that_come_and_go_are_written_as_alone(model, way, knobs):
+    from llm_trainer.data.tokenizer import train_tokenizer
+    from llm_trainer.generation.engine import Engine, Request
+    asked = [Request(ids, Sampling(max_new_tokens=5 + 11 * i, seed=i, ignore_eot=True, **knobs)) for i,
+             ids in enumerate(PROMPTS)]
+    engine = Engine(model, train_tokenizer("byte", 257, []), rows=5)
+    # 1, 2, 4, 5 at once of a cache for 8, longer than the context, the first ones leaving early
+    for i, r in enumerate(asked):
+        engine.add(r)
+        for _ in range(3 * i): engine.step()
+    while engine.busy: engine.step()
+    assert [r.tokens[len(r.ids):] for r in asked] == [obvious(model, r.ids, r.sampling, r.sampling.seed) for r in asked]

@@ -12,9 +12,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load, save
 
+from llm_trainer import device as device_module
 from llm_trainer.config import TrainConfig
-from llm_trainer.device import (Resolution, available_threads, choose_device, describe, fast_dtype, memory_used,
-                                peak_flops, resolve, rng_state, seed_everything, set_rng_state, total_memory, why_not)
+from llm_trainer.device import (
+    Resolution, available_threads, choose_device, cpu_speeds, describe, fast_dtype, fast_threads, keeping_settings,
+    unhindered_threads, memory_used, peak_flops, resolve,
+    rng_state, seed_everything, set_rng_state, total_memory, why_not)
 from llm_trainer.errors import UsageError
 
 
@@ -22,7 +25,8 @@ from llm_trainer.errors import UsageError
 def process_as_it_was():
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
-    torch.set_num_threads(threads); torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def cpu(**settings): return resolve(TrainConfig(device="cpu", **settings))
@@ -69,7 +73,7 @@ def test_hidden_gpus_are_told_apart_from_missing_ones():
 def test_cpu_defaults():
     r = cpu()
     assert (r.compile, r.deterministic, r.attention, r.torch_version) == (False, True, "default", torch.__version__)
-    assert r.dtype == fast_dtype("cpu") == ("bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32")
+    assert r.dtype == r.muon_dtype == fast_dtype("cpu") in ("float32", "bfloat16") and r.probed == cpu_speeds()
     assert 2**28 < r.memory_bytes == total_memory("cpu") <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -158,7 +162,10 @@ def draws(): return random.random(), random.gauss(0, 1), np.random.rand(), np.ra
 @given(st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_generators_go_on_where_they_stood(seed, warm):
     seed_everything(seed)
-    for _ in range(warm): random.gauss(0, 1); np.random.randn(); torch.randn(1)
+    for _ in range(warm):
+        random.gauss(0, 1)
+        np.random.randn()
+        torch.randn(1)
     state = load(save(rng_state()))  # through a checkpoint's file format
     expected = draws()
     seed_everything(seed + 1 & 0xffffffff)
@@ -169,7 +176,9 @@ def test_generators_go_on_where_they_stood(seed, warm):
 
 
 def test_the_same_seed_gives_the_same_numbers():
-    seed_everything(5); first = draws(); seed_everything(5)
+    seed_everything(5)
+    first = draws()
+    seed_everything(5)
     assert draws() == first
 
 
@@ -214,3 +223,38 @@ def test_deterministic_attention_on_cuda(dtype):
             torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.1).sum().backward()
         return q.grad
     assert torch.equal(gradient(), gradient())
+
+
+def test_a_resolution_leaves_its_process_as_it_found_it():
+    def now():
+        return (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+                torch.get_float32_matmul_precision())
+    before = now()
+    @keeping_settings
+    def training():
+        cpu(threads=before[0] + 1, deterministic=not before[1], dtype="bfloat16").apply()
+        yield now()
+    running = training()
+    assert next(running) == (before[0] + 1, not before[1], "high")
+    running.close()
+    assert now() == before
+
+
+def test_a_busy_core_is_no_reason_to_wait(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device_module, "available_threads", lambda: 4)
+    for paces, threads in (({1: 4, 2: 2, 4: 1}, 4), ({1: 1, 2: 0.9, 4: 3}, 2), ({1: 1, 2: 5, 4: 9}, 1)):
+        monkeypatch.setattr(device_module, "_paces", lambda act, most, paces=paces: paces)
+        assert unhindered_threads() == threads
+    monkeypatch.setattr(device_module, "_paces", lambda act, most: {1: 1.05, 2: 1.0, 4: 1.5})
+    assert fast_threads(None) == 1
+
+
+def test_other_kernels_are_a_clause():
+    r = cpu(threads=1)
+    then = replace(r, kernels="AVX512, family 6 model 143", math="MKL_CBWR=AVX2")
+    assert [clause.partition(":")[0] for clause in then.inexact()] == ["CPU kernels", "math library"]
+    assert replace(r, kernels=None, math=None).inexact() == []
+    newer = ("kernels", "math", "probed", "muon_dtype", "hindered")
+    older = {k: v for k, v in r.to_dict().items() if k not in newer}
+    assert Resolution.from_dict(older).muon_dtype == "bfloat16"

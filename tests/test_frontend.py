@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from llm_trainer.errors import BusyError, UsageError
-from llm_trainer.frontend import Flag, FrontEnd, convert, nearest
+from llm_trainer.cli.parser import Flag, FrontEnd, convert, nearest
 
 seen = {}
 
@@ -207,7 +207,7 @@ def test_nearest():
 
 
 def test_completion():
-    words = lambda *argv: [w for w, _ in front.complete(list(argv))]
+    def words(*argv): return [w for w, _ in front.complete(list(argv))]
     assert words("") == ["paint", "hang"] and words("pa") == ["paint"]
     assert "--colour" in words("paint", "--") and "--colour" not in words("paint", "--colour=red", "--")
     assert words("paint", "--colour", "") == ["red", "green"] and words("paint", "--colour", "=", "r") == ["red"]

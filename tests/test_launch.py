@@ -14,12 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import program, until
 
-from llm_trainer import failpoints, host, launch, worker, workspace
-from llm_trainer.checkpoint import Checkpoints
+from hearing import Heard
+from llm_trainer import workspace
+from llm_trainer.runs import launch, worker
+from llm_trainer.system import failpoints, locks, process
+from llm_trainer.training.checkpoint import Checkpoints
 from llm_trainer.config import load_config
 from llm_trainer.errors import BusyError, CheckpointError, DataError, NotFoundError, RunFailed, UsageError
-from llm_trainer.runs import Run, RunWriter, create_run, find_run, list_runs
+from llm_trainer.runs.run import Run, create_run, find_run, list_runs
+from llm_trainer.runs.writer import RunWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,20 +35,8 @@ def shared(tmp_path_factory):
     return workspace.init(tmp_path_factory.mktemp("shared"))
 
 
-@pytest.fixture
-def space(tmp_path): return workspace.init(tmp_path / "space")
-
-
 def tiny(**kw): return load_config("tiny").replace(**{"threads": 1, "sample_every": 0, **kw})
 
-
-def until(condition, seconds=120):
-    "Waits for `condition`; what is asserted is that it comes, not when"
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-    return found
 
 
 def ended(run): return until(lambda: not run.locked and run.status())
@@ -62,31 +55,31 @@ def step(n, epoch=None):
 def test_a_run_lives_on_its_own_and_survives_stop_and_kill(shared):
     run = launch.start(tiny(epochs=1000, save_every=5, eval_every=0), shared, "life", "a note")
     state = run.status()
-    assert run.lock is None and run.locked and state["pid"] != os.getpid()
-    until(lambda: run.state()["step"] >= 3)
+    assert run.lock is None and run.locked and state.pid != os.getpid()
+    until(lambda: run.state().step >= 3)
     state = run.state()
-    assert os.getsid(state["pid"]) == state["pid"] and host.same_process(state)
-    os.kill(state["pid"], signal.SIGHUP)  # the terminal is gone
-    assert os.readlink(f"/proc/{state['pid']}/fd/0") == "/dev/null" if host.LINUX else True
+    assert os.getsid(state.pid) == state.pid and process.same_process(state.to_record())
+    os.kill(state.pid, signal.SIGHUP)  # the terminal is gone
+    assert os.readlink(f"/proc/{state.pid}/fd/0") == "/dev/null" if process.LINUX else True
 
     with pytest.raises(BusyError): launch.resume(run, shared)
     with pytest.raises(BusyError): launch.delete(run, shared)
     seen = []
-    stopped = launch.stop(run, notify=seen.append)
-    assert stopped["status"] == "stopped" and stopped["checkpoint_step"] == stopped["step"] > 0
-    assert stopped["reason"]["code"] == "signal" and launch.stop(run) == stopped and run.asked() == set()
+    stopped = launch.stop(run, show=seen.append)
+    assert stopped.status == "stopped" and stopped.checkpoint_step == stopped.step > 0
+    assert stopped.reason["code"] == "signal" and launch.stop(run) == stopped and run.asked() == set()
 
     launch.resume(run, shared)
-    until(lambda: run.state()["attempt"] == 2 and run.state()["step"] > stopped["step"] + 5)
-    os.kill(run.state()["pid"], signal.SIGKILL)
-    until(lambda: run.status()["status"] == "crashed")
-    assert run.status()["stored_status"] == "running"
+    until(lambda: run.state().attempt == 2 and run.state().step > stopped.step + 5)
+    os.kill(run.state().pid, signal.SIGKILL)
+    until(lambda: run.status().status == "crashed")
+    assert run.status().stored_status == "running"
 
     saved = launch.saved_steps(shared.checkpoints / run.id)[-1]
     launch.resume(run, shared)
-    until(lambda: run.state()["attempt"] == 3 and run.state()["step"] > saved)
-    assert [a["from_step"] for a in run.attempts()] == [0, stopped["step"], saved]
-    assert launch.stop(run, now=True)["status"] == "stopped"
+    until(lambda: run.state().attempt == 3 and run.state().step > saved)
+    assert [a["from_step"] for a in run.attempts()] == [0, stopped.step, saved]
+    assert launch.stop(run, now=True).status == "stopped"
     assert [r["step"] for r in run.metrics("train")] == list(range(1, run.metrics("train")[-1]["step"] + 1))
     launch.delete(run, shared)
     assert not run.folder.exists() and not (shared.checkpoints / run.id).exists()
@@ -96,18 +89,18 @@ def test_a_run_lives_on_its_own_and_survives_stop_and_kill(shared):
 def test_a_signal_saves_and_ends_with_its_own_exit_code(shared, signum, code):
     run = launch.start(tiny(epochs=1000, save_every=0, eval_every=0), shared, background=False)
     process = spawn(run, shared)
-    until(lambda: run.state()["step"] >= 2)
+    until(lambda: run.state().step >= 2)
     process.send_signal(signum)
     assert process.wait() == code
     state = run.status()
-    assert state["status"] == "stopped" and state["checkpoint_step"] == state["step"]
+    assert state.status == "stopped" and state.checkpoint_step == state.step
 
 
 def test_a_completed_run_exits_0_and_has_nothing_left_to_do_until_epochs_are_added(shared):
     run = launch.start(tiny(epochs=1, max_steps=3, eval_every=0), shared, background=False)
     shown = []
     assert worker.work(run, shared, shown.append) == 0
-    assert run.status()["status"] == "completed" and run.meta["parameters"] > 0 and not run.locked
+    assert run.status().status == "completed" and run.meta["parameters"] > 0 and not run.locked
     kinds = [e.kind for e in shown]
     assert kinds[-1] == "finished" and {"phase", "prepared", "step", "saved"} <= set(kinds)
     assert launch.plan_resume(run, shared).nothing_to_do
@@ -115,12 +108,12 @@ def test_a_completed_run_exits_0_and_has_nothing_left_to_do_until_epochs_are_add
     assert launch.resume(run, shared).lock is None and run.attempts() == attempts
 
     plan = launch.plan_resume(run, shared, more_epochs=1)
-    assert plan.target_epochs == pytest.approx(run.state()["epoch"] + 1) and plan.target_steps is None
+    assert plan.target_epochs == pytest.approx(run.state().epoch + 1) and plan.target_steps is None
     again = launch.resume(run, shared, more_epochs=1, changes={"lr": 1e-3}, background=False)
-    assert again.lock.held and run.status()["status"] == "queued"
+    assert again.lock.held and run.status().status == "queued"
     assert run.attempts()[-1]["changed"] == {"lr": [5e-3, 1e-3]}
     assert worker.work(again, shared) == 0
-    assert run.state()["epoch"] == pytest.approx(plan.target_epochs, abs=0.02)
+    assert run.state().epoch == pytest.approx(plan.target_epochs, abs=0.02)
 
 
 def spawn(run, space):
@@ -134,11 +127,11 @@ def spawn(run, space):
 
 STAND_IN = """
 import hashlib, os, sys, time
-sys.path.insert(0, sys.argv[1])
-from tests.test_launch import Run, event, host, step, worker, workspace
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from tests.test_launch import Run, event, locks, step, worker, workspace
 from pathlib import Path
 run, phase, rounds = Run(Path(sys.argv[2])), sys.argv[3], int(sys.argv[4])
-run.lock = host.Lock(run.folder / "lock")
+run.lock = locks.Lock(run.folder / "lock")
 run.lock.acquire(2)
 
 def events(writer):
@@ -168,45 +161,46 @@ def test_before_the_first_step_a_signal_ends_the_run_inside_a_long_c_call(space,
     run, process = stand_in(space, phase)
     process.send_signal(signum)
     assert process.wait() == 128 + signum
-    assert run.status()["status"] == "stopped" and "nothing to save" in run.state()["reason"]["message"]
-    assert run.state()["checkpoint_step"] is None
+    assert run.status().status == "stopped" and "nothing to save" in run.state().reason["message"]
+    assert run.state().checkpoint_step is None
 
 
 @pytest.mark.parametrize("phase", ["training", "evaluating", "saving", "sampling"])
 def test_a_signal_shows_at_once_and_the_loop_ends_when_it_can(space, phase):
     run, process = stand_in(space, phase, 10**6)
     process.send_signal(signal.SIGTERM)
-    until(lambda: run.state()["phase"] == "stopping" or run.state()["status"] == "stopped")
-    assert process.wait() == 143 and run.status()["status"] == "stopped" and run.state()["checkpoint_step"] == 1
+    until(lambda: run.state().phase == "stopping" or run.state().status == "stopped")
+    assert process.wait() == 143 and run.status().status == "stopped" and run.state().checkpoint_step == 1
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
-def test_a_second_signal_ends_the_run_at_once(space, first, second):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_of_the_same_kind_ends_the_run_at_once(space, signum):
     run, process = stand_in(space, "training")
-    process.send_signal(first)
-    until(lambda: run.state()["phase"] == "stopping")
-    process.send_signal(second)
-    assert process.wait() == 128 + second
-    assert run.status()["status"] == "stopped" and "second signal" in run.state()["reason"]["message"]
+    process.send_signal(signum)
+    until(lambda: run.state().phase == "stopping")
+    time.sleep(worker.AGAIN + 0.1)
+    process.send_signal(signum)
+    assert process.wait() == 128 + signum
+    assert run.status().status == "stopped" and "second signal" in run.state().reason["message"]
 
 
 def test_a_file_in_control_is_enough_and_ends_with_0(space):
     run, process = stand_in(space, "training", 1)
     run.request("stop")
-    assert process.wait() == 0 and run.status()["status"] == "stopped" and run.state()["checkpoint_step"] == 1
+    assert process.wait() == 0 and run.status().status == "stopped" and run.state().checkpoint_step == 1
 
 
 def test_stop_asked_twice_is_no_second_signal(space):
     run, process = stand_in(space, "training", 10**6)
     launch.stop(run, timeout=0)
     launch.stop(run, timeout=0)
-    assert process.wait() == 0 and run.state()["checkpoint_step"] == 1 and run.state()["acknowledged"]["stop"]
+    assert process.wait() == 0 and run.state().checkpoint_step == 1 and run.state().acknowledged["stop"]
 
 
 def test_stop_now_waits_for_nothing(space):
     run, process = stand_in(space, "training")
     os.kill(process.pid, signal.SIGSTOP)  # it can't even hear us
-    assert launch.stop(run, now=True)["status"] == "stopped"
+    assert launch.stop(run, now=True).status == "stopped"
     assert process.wait() == -signal.SIGKILL and not run.locked
 
 
@@ -216,7 +210,9 @@ def test_a_signal_to_a_forked_child_does_not_stop_the_run(space):
     def events(writer):
         yield step(1)
         pid = os.fork()
-        if not pid: time.sleep(60); os._exit(0)
+        if not pid:
+            time.sleep(60)
+            os._exit(0)
         os.kill(pid, signal.SIGTERM)
         assert os.waitpid(pid, 0)[1] == signal.SIGTERM
         time.sleep(0.2)
@@ -224,7 +220,7 @@ def test_a_signal_to_a_forked_child_does_not_stop_the_run(space):
         yield event("finished", status="completed", code=None, message=None)
 
     assert worker.work(run, space, events=events) == 0
-    assert run.status()["status"] == "completed"
+    assert run.status().status == "completed"
 
 
 def test_the_signal_handlers_are_given_back(space):
@@ -261,8 +257,8 @@ def test_a_failure_is_stored_with_its_reason_and_what_helps(space, error, code, 
 
     assert worker.work(run, space, events=events) == exit_code
     state = run.status()
-    assert (state["status"], state["reason"]["code"]) == ("failed", code) and says in state["reason"]["message"]
-    assert not run.locked and state["step"] == 1
+    assert (state.status, state.reason["code"]) == ("failed", code) and says in state.reason["message"]
+    assert not run.locked and state.step == 1
 
 
 def test_a_record_that_can_not_be_completed_ends_the_run(space):
@@ -271,20 +267,20 @@ def test_a_record_that_can_not_be_completed_ends_the_run(space):
     (run.folder / "meta.json").mkdir()
     last = event("finished", status="completed", code=None, message=None)
     assert worker.work(run, space, events=lambda writer: iter([event("prepared", meta={"steps": 1}), last])) == 1
-    assert run.status()["status"] == "failed"
+    assert run.status().status == "failed"
 
 
 def test_training_that_ends_without_a_word_has_failed(space):
     run = launch.start(tiny(), space, background=False)
     assert worker.work(run, space, events=lambda writer: iter([step(1)])) == 1
-    assert run.status()["status"] == "failed"
+    assert run.status().status == "failed"
 
 
 def test_divergence_is_an_ending_of_its_own(space):
     run = launch.start(tiny(), space, background=False)
     last = event("finished", status="diverged", code="non_finite", message="ten in a row")
     assert worker.work(run, space, events=lambda writer: iter([last])) == 1
-    assert run.status()["status"] == "diverged" and run.state()["reason"]["code"] == "non_finite"
+    assert run.status().status == "diverged" and run.state().reason["code"] == "non_finite"
 
 
 def test_a_start_that_fails_holds_no_lock(space):
@@ -292,13 +288,13 @@ def test_a_start_that_fails_holds_no_lock(space):
         failpoints.arm(point)
         with pytest.raises((OSError, RuntimeError)): launch.start(tiny(), space, name)
         failpoints.arm(None)
-        assert find_run(space.runs, name).status()["status"] == "failed" and not find_run(space.runs, name).locked
+        assert find_run(space.runs, name).status().status == "failed" and not find_run(space.runs, name).locked
 
 
 def test_a_worker_that_cannot_start_leaves_a_failed_run(space, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(OSError): launch.start(tiny(), space, "a")
-    assert find_run(space.runs, "a").status()["status"] == "failed" and not find_run(space.runs, "a").locked
+    assert find_run(space.runs, "a").status().status == "failed" and not find_run(space.runs, "a").locked
 
 
 # -- The queue --
@@ -307,28 +303,30 @@ def test_a_worker_that_cannot_start_leaves_a_failed_run(space, monkeypatch):
 def busy(request):
     "A run of ours that has the device, and the device's queue"
     space = request.getfixturevalue("shared" if "shared" in request.fixturenames else "space")
-    run, device = create_run(space.runs, tiny().to_dict(), "busy", locked=True), launch.Queue(space.runs, tiny().to_dict())
-    assert device.claim(run) == []
+    run = create_run(space.runs, tiny().to_dict(), "busy", locked=True)
+    device = launch.Queue(space.runs, tiny().to_dict())
+    assert device.take_now(run) == []
     yield run, device
-    for lock in (device.lock, run.lock): lock.release()
+    for held in (device, run.lock): held.release()
 
 
 def test_background_runs_wait_in_order_of_creation_without_torch(shared, busy):
     _, device = busy
     config = tiny(epochs=1, max_steps=1, eval_every=0)
     first, gone, third = (launch.start(config, shared, name) for name in ("q1", "q2", "q3"))
-    until(lambda: third.state()["waiting_for"] == ["busy", "q1", "q2"])
-    assert first.state()["waiting_for"] == ["busy"]
-    assert [run.status()["status"] for run in (first, gone, third)] == ["queued"] * 3
-    if host.LINUX: assert "torch" not in Path(f"/proc/{third.state()['pid']}/maps").read_text()
+    until(lambda: third.state().waiting_for == ["busy", "q1", "q2"])
+    assert first.state().waiting_for == ["busy"]
+    assert [run.status().status for run in (first, gone, third)] == ["queued"] * 3
+    if process.LINUX: assert "torch" not in Path(f"/proc/{third.state().pid}/maps").read_text()
     stopped = launch.stop(gone)
-    assert stopped["status"] == "stopped" and stopped["elapsed_seconds"] == 0
-    until(lambda: third.state()["waiting_for"] == ["busy", "q1"])
-    device.lock.release()
-    assert [ended(run)["status"] for run in (first, third)] == ["completed"] * 2
+    assert stopped.status == "stopped" and stopped.elapsed_seconds == 0
+    until(lambda: third.state().waiting_for == ["busy", "q1"])
+    device.release()
+    assert [ended(run).status for run in (first, third)] == ["completed"] * 2
     assert first.meta["prepared_at"] < third.meta["prepared_at"] and "prepared_at" not in gone.meta
-    assert sorted(os.listdir(device.folder)) == ["lock"]
-    assert device.folder.stat().st_mode & 0o777 == device.folder.parent.stat().st_mode & 0o777 == 0o700
+    assert sorted(os.listdir(device.lines[0].folder)) == ["lock"]
+    folder = device.lines[0].folder
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
 
 
 COMPLETED = event("finished", status="completed", code=None, message=None)
@@ -343,11 +341,11 @@ def test_a_run_without_a_ticket_does_not_wait_and_says_so(space, busy):
 def test_the_ticket_of_a_run_stopped_in_the_queue_is_worth_nothing(space, busy):
     _, device = busy
     last = launch.start(tiny(), space, "last")
-    until(lambda: last.state()["waiting_for"])
+    until(lambda: last.state().waiting_for)
     launch.stop(last)
     next_ = launch.start(tiny(), space, "next")
     again = launch.resume(last, space, background=False)
-    assert not device.waits(again) and device.ahead(again) == ["next"]
+    assert not device.has_ticket(again) and device.lines[0].earlier(again) == ["next"]
     assert worker.work(again, space, events=lambda writer: iter([COMPLETED])) == 0
     launch.stop(next_)
 
@@ -355,10 +353,10 @@ def test_the_ticket_of_a_run_stopped_in_the_queue_is_worth_nothing(space, busy):
 @pytest.mark.parametrize("damage", ["", "gone", "../busy", "\n" * 10**6, "\ufffd"])
 def test_a_device_lock_that_names_nobody_is_still_held(space, busy, damage):
     _, device = busy
-    device.lock.path.write_text(damage)
+    device.lines[0].lock.path.write_text(damage)
     other = create_run(space.runs, tiny().to_dict(), "other", locked=True)
-    device.enter(other)
-    assert device.before(other) == [] and not launch.Queue(space.runs, tiny().to_dict()).turn(other)
+    device.take_ticket(other)
+    assert device.blockers(other) == [] and not launch.Queue(space.runs, tiny().to_dict()).try_acquire(other)
     other.lock.release()
 
 
@@ -369,20 +367,20 @@ def test_text_that_is_missing_is_a_matter_of_data(space):
         yield event("phase", name="downloading")
         raise NotFoundError("There is no such file.")
 
-    assert worker.work(run, space, events=events) == 3 and run.state()["reason"]["code"] == "data"
+    assert worker.work(run, space, events=events) == 3 and run.state().reason["code"] == "data"
 
 
 def test_a_killed_waiter_holds_nobody_up(space, busy):
     _, device = busy
     run = launch.start(tiny(), space, "waits")
-    until(lambda: run.state()["pid"])
-    os.kill(run.state()["pid"], signal.SIGKILL)
-    until(lambda: run.status()["status"] == "crashed")
+    until(lambda: run.state().pid)
+    os.kill(run.state().pid, signal.SIGKILL)
+    until(lambda: run.status().status == "crashed")
     heir = create_run(space.runs, tiny().to_dict(), "next", locked=True)
-    device.enter(heir)
-    assert device.ahead(heir) == []
-    device.lock.release()
-    assert device.turn(heir) and not device.waits(heir)
+    device.take_ticket(heir)
+    assert device.lines[0].earlier(heir) == []
+    device.release()
+    assert device.try_acquire(heir) and not device.has_ticket(heir)
 
 
 # -- Plans --
@@ -412,7 +410,7 @@ def test_plain_resume_continues_the_last_target(trained, space):
 
 def test_a_plan_of_learning_rates_lasts_until_another_is_asked_for(trained, space):
     trained.add_attempt(from_step=20, target_epochs=7, target_steps=None, changed={}, lr_plan="hold", argv=[])
-    plan = lambda **asked: launch.plan_resume(trained, space, **asked).lr_plan
+    def plan(**asked): return launch.plan_resume(trained, space, **asked).lr_plan
     assert plan() == plan(changes=dict(save_every=7)) == "hold"
     assert plan(more_epochs=1) is plan(changes=dict(lr=1e-4)) is plan(changes=dict(epochs=9)) is None
     assert plan(lr_plan="rewarm") == "rewarm"
@@ -423,7 +421,7 @@ def test_a_plan_of_learning_rates_lasts_until_another_is_asked_for(trained, spac
     ("completed", 1.5, None, 4.5),  # ended early, by patience
     ("stopped", 0.5, 40, 4)])  # 40 steps are one epoch
 def test_more_epochs_count_from_those_reached_or_planned(trained, space, status, epoch, limit, expected):
-    lock = host.Lock(trained.folder / "lock")
+    lock = locks.Lock(trained.folder / "lock")
     lock.acquire()
     trained.add_attempt(from_step=20, target_epochs=2, target_steps=limit, changed={}, lr_plan=None, argv=[])
     RunWriter(trained, lock).update(status=status, epoch=epoch)
@@ -433,7 +431,7 @@ def test_more_epochs_count_from_those_reached_or_planned(trained, space, status,
 
 def test_more_epochs_are_on_disk_before_anything_starts(trained, space):
     launch.resume(trained, space, more_epochs=3, background=False).lock.release()  # as a kill -9 would
-    assert trained.status()["status"] == "crashed"
+    assert trained.status().status == "crashed"
     assert launch.plan_resume(trained, space).target_epochs == 5
 
 
@@ -449,7 +447,8 @@ def test_an_older_step_makes_a_new_run_with_a_parent(trained, space):
 def test_the_best_is_the_latest_before_an_evaluation_and_the_start_before_a_checkpoint(trained, space):
     "What is suggested to a run that diverged early works"
     index = space.checkpoints / "trained" / "index.json"
-    said, again = [], lambda: launch.plan_resume(trained, space, checkpoint="best", changes={"lr": 1e-4}, notify=said.append)
+    said = Heard()
+    def again(): return launch.plan_resume(trained, space, checkpoint="best", changes={"lr": 1e-4}, emit=said)
     content = json.loads(index.read_bytes())
     content["checkpoints"]["20"]["pins"] = ["best", "latest"]
     index.write_text(json.dumps(content))  # damaged: its digest is not this content's
@@ -483,28 +482,28 @@ def test_a_run_without_its_settings_is_not_resumed_with_other_ones(trained, spac
 
 def test_a_stranger_is_never_signalled(trained, space):
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-    record = host.identity(stranger.pid)
-    holder = host.Lock(trained.folder / "lock")
+    record = process.identity(stranger.pid)
+    holder = locks.Lock(trained.folder / "lock")
     forged = [dict(boot_id="yesterday's"), dict(process_start_ticks=1), dict(host="elsewhere"),
               dict(pid_namespace="pid:[1]"), dict(pid=-1), dict(pid=0), dict(pid=1)]
     for change in forged:
         write(trained, {**record, "status": "running", "phase": "training", **change})
         for now in (False, True):
-            assert launch.stop(trained, now, timeout=0)["status"] in ("crashed", "stopped")
+            assert launch.stop(trained, now, timeout=0).status in ("crashed", "stopped")
             holder.acquire()
             launch.stop(trained, now, timeout=0)
             trained.withdraw()
             holder.release()
     write(trained, {**record, "status": "running"})  # every mark is right, but nobody holds the lock
-    assert launch.stop(trained)["status"] == "crashed"
+    assert launch.stop(trained).status == "crashed"
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
 
 
 def write(run, state):
-    from llm_trainer.records import write_whole
-    write_whole(run.folder / "state.json", {**run.state(), **state})
+    from llm_trainer.system.files import write_whole
+    write_whole(run.folder / "state.json", {**run.state().to_record(), **state})
 
 
 def _start_same(space): return launch.start(tiny(), space, "same", background=False)
@@ -523,7 +522,8 @@ def _contend(act, space, all_tried):
 @pytest.mark.parametrize("act", [_start_same, _resume_same])
 def test_of_several_writers_one_wins(trained, space, act):
     fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=_contend, args=(act, space, all_tried)) for all_tried in [fork.Barrier(4)] for _ in range(4)]
+    writers = [fork.Process(target=_contend, args=(act, space, all_tried)) for all_tried in [fork.Barrier(4)]
+               for _ in range(4)]
     for writer in writers: writer.start()
     for writer in writers: writer.join()
     assert sorted(writer.exitcode for writer in writers) == [0, 75, 75, 75]
@@ -558,28 +558,24 @@ def test_a_name_whose_old_checkpoints_are_there_is_refused(space):
 
 
 def test_launching_loads_no_torch():
-    code = ("import sys; from llm_trainer import launch, worker, runs, host;"
+    code = ("import sys; import llm_trainer.runs.launch, llm_trainer.runs.worker, llm_trainer.runs.run, "
+            "llm_trainer.system.locks;"
             "print({'torch', 'numpy', 'pydantic'} & set(sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def command(space, *words):
-    "The real command line, in a process of its own"
-    return subprocess.run([sys.executable, "-m", "llm_trainer.cli", *words], cwd=space.root, capture_output=True, text=True)
-
-
 def test_resume_looks_at_the_checkpoints_before_it_promises(space):
     "Damage is found while planning: nothing is recorded, and what can't be reached is refused"
-    assert command(space, "train", "--config", "tiny", "--name", "one", "--epochs", "1").returncode == 0
+    assert program(space, "train", "--config", "tiny", "--name", "one", "--epochs", "1").returncode == 0
     run = find_run(space.runs, "one")
     before, steps = run.attempts(), launch.saved_steps(space.checkpoints / "one")
     for flags in (["--epochs", "0.1"], ["--max-steps", "3"], ["--more-epochs", "999999999999"], ["--device", "mps"]):
-        assert command(space, "resume", "one", *flags).returncode == 2
-    damage = lambda step: (space.checkpoints / "one" / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+        assert program(space, "resume", "one", *flags).returncode == 2
+    def damage(step): return (space.checkpoints / "one" / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
     damage(steps[-1])
-    plan = command(space, "resume", "one", "--more-epochs", "1", "--dry-run")
+    plan = program(space, "resume", "one", "--more-epochs", "1", "--dry-run")
     assert plan.returncode == 0 and f"from       step {steps[-2]} of one\n" in plan.stdout
-    assert command(space, "resume", "one", "--checkpoint", str(steps[-1])).returncode == 1
+    assert program(space, "resume", "one", "--checkpoint", str(steps[-1])).returncode == 1
     for step in steps: damage(step)
-    assert command(space, "resume", "one", "--more-epochs", "1").returncode == 1
-    assert run.attempts() == before and run.status()["status"] == "completed"
+    assert program(space, "resume", "one", "--more-epochs", "1").returncode == 1
+    assert run.attempts() == before and run.status().status == "completed"

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from llm_trainer.config import ModelConfig
+from llm_trainer.events import silent
 from llm_trainer.errors import UsageError
-from llm_trainer.measure import measure, strided, words
-from llm_trainer.model import GPT
-from llm_trainer.tokenizer import Tokenizer, train_tokenizer
-from llm_trainer.trainer import evaluate, token_lengths
-from llm_trainer.weights import load_model, save_weights
+from llm_trainer.training.evaluate import measure, strided, words
+from llm_trainer.model.transformer import GPT
+from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer
+from llm_trainer.training.trainer import evaluate, token_lengths
+from llm_trainer.model.huggingface import load_model, save_weights
 from llm_trainer.workspace import init
 
 
@@ -47,7 +48,7 @@ def test_equal_to_hugging_face(folder, tmp_path, stride):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     text = "The function returns a list of names. " * 20
     (tmp_path / "text.txt").write_text(text)
-    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), stride, "cpu", notify=lambda message: None)
+    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), stride, "cpu", emit=silent)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer(text, return_tensors="pt").input_ids[0]
@@ -70,15 +71,14 @@ def test_equal_to_hugging_face(folder, tmp_path, stride):
 def test_a_file_is_measured_whole(folder, tmp_path):
     text = "The function returns a list of names. " * 20
     (tmp_path / "text.txt").write_text(text)
-    quiet = lambda message: None
     told = []
-    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), device="cpu", notify=quiet,
-                    progress=lambda *how_far: told.append(how_far))
-    assert told[-1][:2] == ("measuring", found["tokens"])
+    found = measure(folder, init(tmp_path), {}, str(tmp_path / "text.txt"), device="cpu",
+                    emit=lambda event: told.append((event.what, event.done)) if event.kind == "progress" else None)
+    assert told[-1] == ("measuring", found["tokens"])
     assert found["bytes"] == len(text) and found["tokens"] == len(text) + 1  # and one <|endoftext|>
     assert found["words"] == 140 and found["split"] == "all"
-    with pytest.raises(UsageError, match="--data"): measure(folder, init(tmp_path), {}, notify=quiet)
-    with pytest.raises(UsageError, match="--stride"): measure(folder, init(tmp_path), {}, "x", stride=33, notify=quiet)
+    with pytest.raises(UsageError, match="--data"): measure(folder, init(tmp_path), {}, emit=silent)
+    with pytest.raises(UsageError, match="--stride"): measure(folder, init(tmp_path), {}, "x", stride=33, emit=silent)
 
 
 def test_measuring_keeps_no_graph():

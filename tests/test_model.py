@@ -1,4 +1,4 @@
-"""The model equals Hugging Face's both ways, its loss equals the plain one, and a folder is believed only when it fits."""
+"""The model equals Hugging Face's both ways, its loss equals the plain one, and only a folder that fits is loaded."""
 
 import json
 import shutil
@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_trainer.config import ModelConfig
-from llm_trainer.cost import flops_per_token, parameters_count
-from llm_trainer.decode import flat_step
+from llm_trainer.model.cost import flops_per_token, parameters_count
+from llm_trainer.generation.decode import flat_step
 from llm_trainer.errors import CheckpointError, NotFoundError, UsageError
-from llm_trainer.model import GPT, KVCache
-from llm_trainer.weights import from_hf, hf_config, load_model, load_tensors, model_tensors, save_weights, to_hf
+from llm_trainer.model.transformer import GPT, KVCache
+from llm_trainer.model.huggingface import (
+    from_hf, hf_config, load_model, load_tensors, model_tensors, save_weights, to_hf)
 from safetensors.torch import load_file, save_file
 
 SIZES = dict(n_layer=3, n_head=4, n_embd=32, seq_len=24)
@@ -115,7 +116,8 @@ def test_loss_and_gradients_equal_plain_cross_entropy(model, tokens, reduction):
     ours = model.loss(tokens, targets, reduction)
     grads = torch.autograd.grad(ours * 3, list(model.parameters()))
     plain = F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten(), reduction=reduction)
-    for a, b in zip(grads, torch.autograd.grad(plain * 3, list(model.parameters()))): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for a, b in zip(grads, torch.autograd.grad(plain * 3, list(model.parameters()))):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours, plain)
     with torch.no_grad(): torch.testing.assert_close(model.loss(tokens, targets, reduction), plain)
 
@@ -137,7 +139,10 @@ def test_many_small_batches_add_up_to_one_big_one(cfg):
 def test_padded_rows_stay_zero_through_training(cfg):
     model, x = GPT(cfg, V), torch.randint(V, (2, 24))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(3): model.loss(x, x).backward(); opt.step(); opt.zero_grad()
+    for _ in range(3):
+        model.loss(x, x).backward()
+        opt.step()
+        opt.zero_grad()
     assert not model.head[V:].any() and model.head[:V].any()
 
 
@@ -157,7 +162,8 @@ def test_the_cache_changes_nothing_with_or_without_padding(model, tokens, static
 
 
 def test_context_is_bounded(model):
-    with pytest.raises(UsageError, match="25 tokens don't fit the model's context of 24"): model(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(UsageError, match="25 tokens don't fit the model's context of 24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
 
 
 def test_dropout_acts_in_training_only(tokens):
@@ -170,7 +176,8 @@ def test_dropout_acts_in_training_only(tokens):
 def test_counts_hold_at_known_models():
     gpt2 = ModelConfig(arch="gpt2", n_layer=12, n_head=12, n_embd=768, seq_len=1024)
     assert parameters_count(gpt2, 50257) == 124_439_808
-    qwen = ModelConfig(arch="qwen3", n_layer=28, n_head=16, n_kv_head=8, head_size=128, n_embd=1024, n_hidden=3072, seq_len=40960)
+    qwen = ModelConfig(arch="qwen3", n_layer=28, n_head=16, n_kv_head=8, head_size=128, n_embd=1024, n_hidden=3072,
+                       seq_len=40960)
     assert parameters_count(qwen, 151936) == 596_049_920
     assert flops_per_token(gpt2, 50257) == 6 * (124_439_808 - 1024*768 - 12*(9*768 + 3072) - 2*768) + 12*12*768*1024
 
@@ -180,11 +187,12 @@ def test_counts_hold_at_known_models():
 BREAK = {
     "no folder": (lambda d: shutil.rmtree(d), NotFoundError, "config.json does not exist"),
     "no weights": (lambda d: (d/"model.safetensors").unlink(), NotFoundError, "no model.safetensors"),
-    "not json": (lambda d: (d/"config.json").write_text("{oops"), CheckpointError, "not JSON"),
-    "deep json": (lambda d: (d/"config.json").write_text("[" * 100_000), CheckpointError, "not JSON"),
-    "a list": (lambda d: (d/"config.json").write_text("[]"), CheckpointError, "no JSON object"),
-    "huge config": (lambda d: (d/"config.json").write_bytes(b" " * 9_000_000), CheckpointError, "expected at most"),
-    "truncated": (lambda d: (d/"model.safetensors").write_bytes((d/"model.safetensors").read_bytes()[:-7]), CheckpointError, "damaged"),
+    "not json": (lambda d: (d/"config.json").write_text("{oops"), CheckpointError, "no JSON"),
+    "deep json": (lambda d: (d/"config.json").write_text("[" * 100_000), CheckpointError, "no JSON"),
+    "a list": (lambda d: (d/"config.json").write_text("[]"), CheckpointError, "hold a JSON object"),
+    "huge config": (lambda d: (d/"config.json").write_bytes(b" " * 9_000_000), CheckpointError, "sensible size"),
+    "truncated": (lambda d: (d/"model.safetensors").write_bytes((d/"model.safetensors").read_bytes()[:-7]),
+                  CheckpointError, "damaged"),
     "huge header": (lambda d: (d/"model.safetensors").write_bytes(b"\xff" * 8 + b"{}"), CheckpointError, "damaged"),
     "empty": (lambda d: (d/"model.safetensors").write_bytes(b""), CheckpointError, "damaged"),
     "a pickle": (lambda d: torch.save({}, d/"model.safetensors"), CheckpointError, "damaged"),
@@ -206,10 +214,10 @@ def edit(folder, **changes):
 
 @pytest.mark.parametrize("arch,changes,message", [
     ("gpt2", dict(model_type="llama"), "neither gpt2 nor qwen3"),
-    ("gpt2", dict(n_layer=None), "lacks 'n_layer'"),
+    ("gpt2", dict(n_layer=None), "lacks 108 tensors"),  # as Transformers has it: 12 layers
     ("gpt2", dict(activation_function="relu"), "activation_function"),
     ("gpt2", dict(n_embd=64), "config.json asks for"),
-    ("gpt2", dict(n_layer=2), "holds transformer.h.2"),
+    ("gpt2", dict(n_layer=2), "transformer.h.2.* is no tensor"),
     ("gpt2", dict(n_layer=4), "lacks 12 tensors"),
     ("gpt2", dict(vocab_size=100), "config.json asks for"),
     ("gpt2", dict(vocab_size="many"), "many"),
@@ -250,5 +258,6 @@ def test_compiling_changes_nothing(tokens):
     model = GPT(CONFIGS["qwen3-grouped"], V)
     plain = model.loss(tokens, tokens)
     compiled = torch.compile(model.loss)(tokens, tokens)
-    for a, b in zip(torch.autograd.grad(plain, list(model.parameters())), torch.autograd.grad(compiled, list(model.parameters()))):
+    for a, b in zip(torch.autograd.grad(plain, list(model.parameters())),
+                    torch.autograd.grad(compiled, list(model.parameters()))):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -10,10 +9,11 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
+from hearing import Heard
 from llm_trainer.config import TrainConfig, load_config
 from llm_trainer.errors import CheckpointError, UsageError
-from llm_trainer.model import GPT
-from llm_trainer.optimizer import LRPlan, Muon, build_optimizer, extend, parameter_kinds
+from llm_trainer.model.transformer import GPT
+from llm_trainer.training.optimizer import LRSchedule, Muon, build_optimizer, extend, level, parameter_kinds
 
 OPTIMIZERS = ["adamw", "muon"]
 ARCHS = ["gpt2", "qwen3"]
@@ -31,8 +31,12 @@ def steps(model, opt, n, first=0):
     losses, device = [], next(model.parameters()).device
     for step in range(first, first + n):
         x = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(step)).to(device)
-        opt.set_factor(1 / (step + 1)); opt.zero_grad()
-        loss = model.loss(x[:, :-1], x[:, 1:]); loss.backward(); opt.step(); losses.append(loss.item().hex())
+        opt.set_factor(1 / (step + 1))
+        opt.zero_grad()
+        loss = model.loss(x[:, :-1], x[:, 1:])
+        loss.backward()
+        opt.step()
+        losses.append(loss.item().hex())
     return losses
 
 
@@ -55,7 +59,8 @@ def test_kinds_cover_every_parameter_once(arch, tied):
 def test_only_matrices_decay(name):
     model = gpt()
     opt = build_optimizer(model, TrainConfig(optimizer=name, weight_decay=0.3))
-    names = lambda decay: {opt.names[p] for g in opt.param_groups if g["weight_decay"] == decay for p in g["params"]}
+    def names(decay):
+        return {opt.names[p] for g in opt.param_groups if g["weight_decay"] == decay for p in g["params"]}
     kinds = parameter_kinds(model)
     assert names(0.3) == {*kinds["hidden"], *kinds["matrix"]} and names(0) == set(kinds["vector"])
 
@@ -75,7 +80,7 @@ def test_muon_takes_the_steps_of_pytorchs(most, device):
     shapes = [(32, 32)] * 3 + [(96, 32)] * 2 + [(32, 96)] * 2
     ours, theirs = ([nn.Parameter(torch.ones(s, device=device)) for s in shapes] for _ in range(2))
     pair = Muon(ours, 0.02, 0.3), torch.optim.Muon(theirs, 0.02, 0.3, adjust_lr_fn="match_rms_adamw")
-    pair[0].most = most
+    pair[0].most, pair[0].levels = most, False
     for step in range(4):
         for i, (p, q) in enumerate(zip(ours, theirs)):
             g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)).to(device)
@@ -91,7 +96,7 @@ def test_the_compiler_stays_unloaded(name):
     code = f"""
 import sys, torch
 from llm_trainer.config import TrainConfig
-from llm_trainer.optimizer import build_optimizer
+from llm_trainer.training.optimizer import build_optimizer
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
 opt = build_optimizer(model, TrainConfig(optimizer={name!r}))
 model(torch.ones(2, 4)).square().sum().backward()
@@ -121,6 +126,42 @@ def test_a_muon_step_is_as_large_as_an_adamw_step(shape):
     model.weight.grad = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     opt.step()
     assert 0.1 * 0.1 < (model.weight - before).pow(2).mean().sqrt().item() < 0.3 * 0.1
+
+
+def test_levelled_rows_are_of_one_size_and_the_step_as_long_as_before():
+    torch.manual_seed(0)
+    updates, sizes = torch.randn(2, 48, 16) * torch.logspace(-1, 1, 48)[:, None], torch.zeros(2, 48, 1)
+    found = level(updates, sizes)
+    rows = found.norm(dim=2)
+    torch.testing.assert_close(found.norm(dim=(1, 2)), updates.norm(dim=(1, 2)))
+    plain = updates.norm(dim=2)
+    assert (rows.amax(1) / rows.amin(1)).max() < 1.01 < (plain.amax(1) / plain.amin(1)).min()
+    torch.testing.assert_close(level(updates.mT, torch.zeros(2, 1, 48)), found.mT)
+    before = sizes.clone()
+    level(torch.full_like(updates, torch.nan), sizes, keep=torch.tensor(0.0))
+    assert torch.equal(sizes, before)
+
+
+def test_momentum_climbs_and_falls_with_the_learning_rate():
+    model = gpt()
+    opt = build_optimizer(model, TrainConfig(optimizer="muon"))
+    muon = opt.optimizers[0].param_groups[0]
+    found = []
+    for step, factor in ((0, 0.1), (100, 1.0), (5000, 1.0), (5000, 0.5), (5000, 0.0)):
+        opt.set_factor(factor, step)
+        found.append(muon["momentum"])
+    assert found == pytest.approx([0.85, 0.9, 0.95, 0.925, 0.9])
+
+
+def test_a_state_from_before_rows_were_levelled_loads():
+    model = gpt()
+    opt = build_optimizer(model, TrainConfig(optimizer="muon"))
+    steps(model, opt, 2)
+    old = {name: {k: t for k, t in state.items() if k != "sizes"} for name, state in opt.named_state().items()}
+    fresh = build_optimizer(model, TrainConfig(optimizer="muon"))
+    fresh.load_named_state(old)
+    assert all(not s["sizes"].any() for s in fresh.named_state().values() if "sizes" in s)
+    steps(model, fresh, 1)
 
 
 # State by name
@@ -180,13 +221,16 @@ def test_it_overfits_one_batch(name, arch):
     opt = build_optimizer(model, TrainConfig(optimizer=name, lr=1e-2, muon_lr=1e-2, weight_decay=0))
     x = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
     for _ in range(80):
-        opt.zero_grad(); loss = model.loss(x[:, :-1], x[:, 1:]); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss = model.loss(x[:, :-1], x[:, 1:])
+        loss.backward()
+        opt.step()
     assert loss.item() < 0.1
 
 
 # Plans
 
-def plan(total=100, **settings): return LRPlan.from_config(TrainConfig(**{"warmup_steps": 10, **settings}), total)
+def plan(total=100, **settings): return LRSchedule.from_config(TrainConfig(**{"warmup_steps": 10, **settings}), total)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
@@ -209,11 +253,11 @@ def test_linear_and_wsd_by_hand():
 
 
 def test_a_warmup_longer_than_the_run_is_clamped_and_said():
-    with pytest.warns(UserWarning, match=r"warmup_steps \(500\) is longer than the run \(100 steps\)"):
-        assert plan(warmup_steps=500).warmup == 100
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert plan(warmup_steps=100).warmup == 100
+    for warmup, notes in ((500, 1), (100, 0)):
+        said = Heard()
+        assert LRSchedule.from_config(TrainConfig(warmup_steps=warmup), 100, said).warmup == 100
+        assert len(said) == notes and all("warmup_steps (500) is longer than the run (100 steps)" in note
+                                          for note in said)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
@@ -266,7 +310,7 @@ def test_extended_plans_keep_the_past_and_survive_json(p, extensions):
         longer = extend(p, how, at, at + more)
         assert [longer.lr(s) for s in range(at)] == [p.lr(s) for s in range(at)]
         p = longer
-    again = LRPlan.from_dict(json.loads(json.dumps(p.to_dict())))
+    again = LRSchedule.from_dict(json.loads(json.dumps(p.to_dict())))
     assert again == p and [again.factor(s) for s in range(300)] == [p.factor(s) for s in range(300)]
     assert all(0 <= p.factor(s) <= 1 for s in range(700))
 
@@ -277,14 +321,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_device_knows_it_alone
     model = gpt("qwen3", device=device)
     opt = build_optimizer(model, TrainConfig(optimizer=name))
     steps(model, opt, 2)
-    before = [p.clone() for p in model.parameters()], {n: {k: t.clone() for k, t in s.items()} for n, s in opt.named_state().items()}
+    state = {n: {k: t.clone() for k, t in s.items()} for n, s in opt.named_state().items()}
+    before = [p.clone() for p in model.parameters()], state
     for p in model.parameters(): p.grad.fill_(torch.nan)
     opt.step(torch.tensor(False, device=device))
     assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters()))
     assert all(torch.equal(t, opt.named_state()[n][k]) for n, s in before[1].items() for k, t in s.items())
     other = gpt("qwen3", device=device)
     plain = build_optimizer(other, TrainConfig(optimizer=name))
-    for p, q in zip(model.parameters(), other.parameters()): q.data.copy_(p); q.grad = torch.ones_like(q); p.grad = torch.ones_like(p)
+    for p, q in zip(model.parameters(), other.parameters()):
+        q.data.copy_(p)
+        q.grad = torch.ones_like(q)
+        p.grad = torch.ones_like(p)
     plain.load_named_state(opt.named_state())
-    opt.set_factor(1); opt.step(torch.tensor(True, device=device)); plain.step()
+    opt.set_factor(1)
+    opt.step(torch.tensor(True, device=device))
+    plain.step()
     for p, q in zip(model.parameters(), other.parameters()): torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from llm_trainer import failpoints, host
+from llm_trainer.system import failpoints, locks, process
 from llm_trainer.errors import BusyError, NotFoundError, UsageError
-from llm_trainer.records import Appender, Follower, encode, read_lines, write_whole
-from llm_trainer.runs import Run, RunWriter, create_run, derive, find_run, known, list_runs, sweep
+from llm_trainer.system.files import Appender, Follower, encode, read_lines, write_whole
+from llm_trainer.runs.run import Run, create_run, find_run, list_runs, sweep
+from llm_trainer.runs.state import State, derive
+from llm_trainer.runs.writer import RunWriter
 
 CONFIG = {"training": {"epochs": 2, "lr": 0.001}}
 
@@ -41,7 +44,7 @@ def event(kind, **kw): return SimpleNamespace(kind=kind, **kw)
 
 def test_a_new_run_is_whole_private_and_locked_when_it_can_first_be_seen(runs):
     run = create_run(runs, CONFIG, "a", ["train"], "a note", {"run_id": "b", "step": 3}, locked=True)
-    assert run.status()["status"] == "queued" and run.locked
+    assert run.status().status == "queued" and run.locked
     assert run.meta | {"created_at": 0} == {"format_version": 1, "run_id": "a", "created_at": 0, "argv": ["train"],
                                             "config": CONFIG, "note": "a note", "parent": {"run_id": "b", "step": 3}}
     for path in (run.folder, *run.folder.iterdir()):
@@ -77,7 +80,7 @@ def test_a_name_that_could_be_a_path_or_a_flag_is_refused(runs, name):
 def test_meta_is_completed_once(writer):
     writer.log(event("prepared", meta={"device": {"type": "cpu"}, "parameters": 7, "steps": 40}))
     assert writer.run.meta["parameters"] == 7 and writer.run.meta["config"] == CONFIG
-    assert (writer.run.state()["device"], writer.run.state()["steps"]) == ("cpu", 40)
+    assert (writer.run.state().device, writer.run.state().steps) == ("cpu", 40)
     with pytest.raises(ValueError): writer.run.complete_meta(parameters=8)
     writer.log(event("prepared", meta={"device": {"type": "cpu"}, "parameters": 8}))  # a resume tells it again
     assert writer.run.meta["parameters"] == 7
@@ -125,18 +128,18 @@ def test_only_real_folders_of_the_workspace_are_runs(runs, tmp_path):
 def test_status_follows_the_lock(writer):
     run = writer.run
     writer.log(event("phase", name="training"))
-    assert run.status()["status"] == "running"
+    assert run.status().status == "running"
     writer.lock.release()
-    assert run.status()["status"] == "crashed" and run.status()["stored_status"] == "running"
+    assert run.status().status == "crashed" and run.status().stored_status == "running"
     writer.lock.acquire()
     writer.finish("completed")
-    assert run.status()["status"] == "completed"
+    assert run.status().status == "completed"
 
 
 def test_a_pid_says_nothing_about_being_alive(runs):
     run = create_run(runs, CONFIG)
-    write_whole(run.folder / "state.json", {**known({}), **host.identity(), "status": "running"})
-    assert run.status()["status"] == "crashed"
+    write_whole(run.folder / "state.json", {**State().to_record(), **process.identity(), "status": "running"})
+    assert run.status().status == "crashed"
 
 
 def test_a_silent_loop_is_stalled_and_a_set_clock_is_not(runs):
@@ -144,15 +147,17 @@ def test_a_silent_loop_is_stalled_and_a_set_clock_is_not(runs):
     run = create_run(runs, CONFIG, locked=True)
     writer = RunWriter(run, run.lock, clock=lambda: now.mono, wall=lambda: now.wall)
     writer.log(event("phase", name="training"))
-    assert run.status(monotonic=now.mono + 500, wall=now.wall)["status"] == "running"  # the first step may take long
-    for n in range(1, 6): now.mono += 10; writer.log(step(n))
-    status = lambda ahead, wall=0: run.status(monotonic=now.mono + ahead, wall=now.wall + wall)["status"]
+    assert run.status(monotonic=now.mono + 500, wall=now.wall).status == "running"  # the first step may take long
+    for n in range(1, 6):
+        now.mono += 10
+        writer.log(step(n))
+    def status(ahead, wall=0): return run.status(monotonic=now.mono + ahead, wall=now.wall + wall).status
     assert [status(59), status(99), status(101)] == ["running", "running", "stalled"]  # ten times the usual ten seconds
     assert status(1, wall=86400) == status(1, wall=-86400) == "running"
     writer.log(event("phase", name="compiling"))
     assert [status(500), status(2000)] == ["running", "stalled"]
-    state = {**run.state(), "boot_id": "another machine's"}
-    assert derive(state, True, wall=state["progress_at"] + 3000) == "stalled"
+    state = replace(run.state(), boot_id="another machine's")
+    assert derive(state, True, wall=state.progress_at + 3000) == "stalled"
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff" * 99, b"[" * 200_000,
@@ -161,7 +166,7 @@ def test_a_damaged_state_is_a_crashed_run_with_every_key(runs, damage):
     run = create_run(runs, CONFIG)
     (run.folder / "state.json").write_bytes(damage)
     status = run.status()
-    assert (status["status"], status["step"], status["loss_history"], status["run_id"]) == ("crashed", 0, [], run.id)
+    assert (status.status, status.step, status.loss_history, status.run_id) == ("crashed", 0, [], run.id)
     assert [r.id for r in list_runs(runs)] == [run.id]
 
 
@@ -169,7 +174,7 @@ def test_a_run_deleted_meanwhile_reads_as_empty(runs):
     run = Run(runs / "gone")
     assert (run.meta, run.attempts(), run.metrics(), run.samples(), run.log_tail(), run.notes(), run.asked()) == (
         {}, [], [], [], [], "", set())
-    assert run.follow().poll() == [] and run.status()["status"] == "crashed" and run._repr_markdown_()
+    assert run.follow().poll() == [] and run.status().status == "unknown" and run._repr_markdown_()
 
 
 def test_readers_follow_no_link_and_wait_for_no_pipe(runs, tmp_path):
@@ -206,10 +211,10 @@ def test_the_state_is_rewritten_twice_a_second_at_most_while_stepping(runs):
         now[0] += 0.01
         writer.log(step(n))
         seen.add((run.folder / "state.json").stat().st_ino)
-        seen.add(run.state()["step"])
+        seen.add(run.state().step)
     assert len({s for s in seen if s <= 1000}) <= 22
     writer.log(event("phase", name="saving"))
-    assert run.state()["step"] == 1000 and len(run.state()["loss_history"]) == 60
+    assert run.state().step == 1000 and len(run.state().loss_history) == 60
 
 
 @pytest.mark.parametrize("action", ["enospc", "eio"])
@@ -221,20 +226,21 @@ def test_no_error_of_the_disk_reaches_the_training(writer, action):
     finally: failpoints.arm(None)
     writer.update()
     assert [r["step"] for r in writer.run.metrics()] == [1, 3]
-    assert writer.run.state()["write_errors"] == 2
+    assert writer.run.state().write_errors == 2
 
 
 def test_a_full_disk_can_still_be_told(writer, monkeypatch):
     failpoints.arm("state.write=enospc")
     try: writer.finish("failed", "disk_full", "No space is left.")
     finally: failpoints.arm(None)
-    assert writer.run.status()["status"] == "failed" and writer.run.state()["reason"]["code"] == "disk_full"
+    assert writer.run.status().status == "failed" and writer.run.state().reason["code"] == "disk_full"
     assert not list(writer.run.folder.glob(".*"))
 
 
 def test_a_file_size_limit_does_not_end_the_run(runs):
     code = """
 import resource, signal, sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_runs import create_run, RunWriter, step, event, CONFIG
@@ -247,7 +253,7 @@ writer.finish("completed")
 """
     subprocess.run([sys.executable, "-c", code, str(runs)], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
     run = find_run(runs, "full")
-    assert run.status()["status"] == "completed" and run.state()["write_errors"] > 0
+    assert run.status().status == "completed" and run.state().write_errors > 0
     assert 0 < len(run.metrics()) < 200
 
 
@@ -277,7 +283,7 @@ def test_every_cut_of_a_metrics_file_can_be_read_and_continued(tmp_path):
 
 def test_the_writer_needs_the_lock(runs):
     run = create_run(runs, CONFIG)
-    with pytest.raises(BusyError): RunWriter(run, host.Lock(run.folder / "lock"))
+    with pytest.raises(BusyError): RunWriter(run, locks.Lock(run.folder / "lock"))
 
 
 def test_data_cannot_paint_the_terminal(writer):
@@ -286,7 +292,8 @@ def test_data_cannot_paint_the_terminal(writer):
     writer.log(event("note", message=evil))
     writer.finish("failed", "error", evil)
     with open(writer.run.folder / "train.log", "ab") as f: f.write(f"\r50%\r99% {evil[:-2]}\n".encode())
-    shown = json.dumps([writer.run.samples(), writer.run.log_tail(), writer.run.state()], ensure_ascii=False)
+    shown = json.dumps([writer.run.samples(), writer.run.log_tail(), writer.run.state().to_record()],
+                       ensure_ascii=False)
     assert not set(shown) & set("\x1b\x07\x9b\u202e\ud800\x7f\r")
     assert writer.run.log_tail(1)[0].startswith("99% ")
 
@@ -314,19 +321,19 @@ def test_requests_are_seen_once_done_and_shown(writer):
     assert run.request("save") and not run.request("save")
     assert writer.requests() == {"save"}
     writer.log(event("saved", step=4, path="p", bytes=1, seconds=0.1))
-    assert run.asked() == set() and "save" in run.state()["acknowledged"] and run.state()["checkpoint_step"] == 4
+    assert run.asked() == set() and "save" in run.state().acknowledged and run.state().checkpoint_step == 4
     run.request("save")
-    writer._looked = -1e9
+    writer.asked.looked = -1e9
     assert writer.requests() == {"save"}
     for event_ in (event("phase", name="saving"), event("note", message="not saved"), event("phase", name="training")):
         assert run.asked() == {"save"}
         writer.log(event_)
     assert run.asked() == writer.requests() == set()
     run.request("stop")
-    writer._looked = -1e9
-    assert writer.requests() == {"stop"} and run.state()["phase"] == "stopping"
+    writer.asked.looked = -1e9
+    assert writer.requests() == {"stop"} and run.state().phase == "stopping"
     writer.log(event("phase", name="saving"))
-    assert run.state()["phase"] == "stopping"  # until the end
+    assert run.state().phase == "stopping"  # until the end
     writer.finish("stopped")
     assert run.asked() == set()
 
@@ -345,12 +352,12 @@ def test_control_is_no_door_out(writer, tmp_path):
 
 # -- Cost --
 
-@pytest.mark.skipif(not host.LINUX, reason="reads the peak memory from /proc")
+@pytest.mark.skipif(not process.LINUX, reason="reads the peak memory from /proc")
 def test_status_reads_no_metrics_and_imports_little(runs):
     run = create_run(runs, CONFIG)
     with open(run.folder / "metrics.jsonl", "wb") as f:
         for _ in range(1000): f.write(encode({"step": 1, "loss": 1.0, "kind": "train"}) * 1000)
-    code = ("import sys; from pathlib import Path; from llm_trainer.runs import find_run;"
+    code = ("import sys; from pathlib import Path; from llm_trainer.runs.run import find_run;"
             "find_run(Path(sys.argv[1])).status(); heavy = {'torch', 'numpy', 'pydantic'} & set(sys.modules);"
             "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0], *heavy)")
     out = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True).stdout

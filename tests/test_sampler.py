@@ -1,4 +1,4 @@
-"""Filters keep what Hugging Face's keep; cached, batched and streamed texts are the texts of the slow and obvious way."""
+"""Filters keep what Hugging Face's keep; cached, batched and streamed texts equal those of the slow and obvious way."""
 
 import copy
 import io
@@ -13,17 +13,18 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from llm_trainer import sampler
+from llm_trainer.generation import sampler
 from llm_trainer.config import ModelConfig
 from llm_trainer.device import why_not
 from llm_trainer.errors import NotFoundError, UsageError
-from llm_trainer.filters import Sampling, apply_filters, draw, no_repeat_ngram, repetition_penalty, uniforms
-from llm_trainer.generate_server import serve
-from llm_trainer.model import GPT
-from llm_trainer.sampler import (TextStream, generate, generate_batch, load_for_generation, pad_left, window_start,
-                                 write_tokens)
-from llm_trainer.tokenizer import train_tokenizer
-from llm_trainer.weights import save_weights
+from llm_trainer.generation.filters import (
+    Sampling, apply_filters, draw, no_repeat_ngram, repetition_penalty, uniforms)
+from llm_trainer.generation.child import serve
+from llm_trainer.model.transformer import GPT
+from llm_trainer.generation.sampler import (
+    TextStream, generate, generate_batch, load_for_generation, pad_left, window_start, sample_tokens)
+from llm_trainer.data.tokenizer import train_tokenizer
+from llm_trainer.model.huggingface import save_weights
 
 CONTEXT = 24
 CONFIGS = {"gpt2": ModelConfig(arch="gpt2", n_layer=2, n_head=2, n_embd=32, seq_len=CONTEXT),
@@ -59,7 +60,7 @@ def obvious(model, ids, sampling, seed):
 
 
 def written(model, prompts, sampling, seeds):
-    return [list(row) for row in zip(*(ids for ids, _ in write_tokens(model, prompts, sampling, seeds)))]
+    return [list(row) for row in zip(*(ids for ids, _ in sample_tokens(model, prompts, sampling, seeds)))]
 
 
 # ---- filters
@@ -83,9 +84,10 @@ def test_ten_thousand_random_cases_keep_what_transformers_keeps():
     while cases < 10_000:
         v, n = r.choice([5, 32, 97]), r.randint(1, 30)
         maybe = lambda off, *on: r.choice([off, *on])  # noqa: E731
-        s = Sampling(temperature=maybe(1.0, 0.3, 0.8, 1.7), top_k=maybe(0, 1, 3, v), top_p=maybe(1.0, 0.1, 0.5, 0.9, 0.99),
-                     min_p=maybe(0.0, 0.02, 0.2, 1.0), typical_p=maybe(1.0, 0.2, 0.9), repetition_penalty=maybe(1.0, 0.8, 1.3),
-                     no_repeat_ngram=maybe(0, 0, 1, 2, 3))
+        s = Sampling(temperature=maybe(1.0, 0.3, 0.8, 1.7), top_k=maybe(0, 1, 3, v),
+                     top_p=maybe(1.0, 0.1, 0.5, 0.9, 0.99),
+                     min_p=maybe(0.0, 0.02, 0.2, 1.0), typical_p=maybe(1.0, 0.2, 0.9),
+                     repetition_penalty=maybe(1.0, 0.8, 1.3), no_repeat_ngram=maybe(0, 0, 1, 2, 3))
         logits = torch.randn(rows, v, generator=g) * r.choice([0.1, 1, 5])
         if r.random() < 0.3: logits = logits.round()  # ties
         history = torch.randint(v, (rows, n), generator=g)
@@ -111,13 +113,15 @@ def test_the_order_is_the_one_generate_uses(tmp_path):
 
 def test_padding_in_the_history_counts_for_nothing():
     logits, history = torch.randn(2, 6), torch.tensor([[-1, -1, -1, 2, 3, 2], [1, 1, 4, 0, 1, 1]])
-    for f in lambda h, x: repetition_penalty(x, h, 1.5), lambda h, x: no_repeat_ngram(x, h, 2), lambda h, x: no_repeat_ngram(x, h, 3):
+    for f in (lambda h, x: repetition_penalty(x, h, 1.5), lambda h, x: no_repeat_ngram(x, h, 2),
+              lambda h, x: no_repeat_ngram(x, h, 3)):
         assert torch.equal(f(history, logits)[:1], f(history[:1, 3:], logits[:1]))
-    assert no_repeat_ngram(logits, history, 2)[0, 3] == -torch.inf and no_repeat_ngram(logits, history, 2)[0].isinf().sum() == 1
+    assert no_repeat_ngram(logits, history, 2)[0, 3] == -torch.inf
+    assert no_repeat_ngram(logits, history, 2)[0].isinf().sum() == 1
 
 
 def test_counts_are_of_what_was_written_only():
-    s = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    s = Sampling(temperature=1, presence_penalty=0.5, frequency_penalty=0.25)
     got = apply_filters(torch.zeros(1, 4), s, torch.tensor([[0, 0, 1, 2, 2]]), prompt=2)
     torch.testing.assert_close(got, torch.tensor([[0.0, -0.75, -1.0, 0.0]]))
 
@@ -131,11 +135,12 @@ def test_a_struck_token_is_never_drawn(scores, u, data):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.1),
+    dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=0),
+    dict(top_p=1.1),
     dict(top_p=float("nan")), dict(typical_p=0), dict(min_p=-0.1), dict(min_p=2), dict(top_k=-1), dict(top_k=1.5),
     dict(no_repeat_ngram=-1), dict(max_new_tokens=0), dict(repetition_penalty=0), dict(presence_penalty=float("nan")),
-    dict(beams=0), dict(beams=10**9), dict(max_new_tokens=10**12), dict(seed=2**64), dict(truncate="right"), dict(stop=[""]),
-    dict(stop=[1]), dict(seed=1.5)])
+    dict(beams=0), dict(beams=10**9), dict(max_new_tokens=10**12), dict(seed=2**64), dict(truncate="right"),
+    dict(stop=[""]), dict(stop=[1]), dict(seed=1.5)])
 def test_a_knob_that_cannot_be_meant_is_named(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))): Sampling(**wrong)
 
@@ -151,7 +156,8 @@ def test_the_cache_writes_what_the_uncached_model_writes_past_the_context(model,
         assert written(model, [prompt], s, [3]) == [obvious(model, prompt, s, 3)]
 
 
-@pytest.mark.parametrize("s", [Sampling(max_new_tokens=60), Sampling(max_new_tokens=60, temperature=0, repetition_penalty=1.3),
+@pytest.mark.parametrize("s", [Sampling(max_new_tokens=60),
+                               Sampling(max_new_tokens=60, temperature=0, repetition_penalty=1.3),
                                Sampling(max_new_tokens=30, top_p=0.9, presence_penalty=0.4, no_repeat_ngram=2)])
 def test_a_batch_writes_what_each_row_writes_alone(model, s):
     prompts, seeds = [[5, 6, 7], list(range(CONTEXT)), [9], list(range(20, 40))], [1, 2, 3, 1]
@@ -214,7 +220,8 @@ def test_pieces_join_to_the_text_and_say_why_it_ended(model, tokenizer):
 
 
 def test_a_stop_string_ends_the_text_before_it(model, tokenizer):
-    whole = "".join(p.text for p in generate(model, tokenizer, "hello", Sampling(max_new_tokens=40, seed=5, ignore_eot=True)))
+    whole = "".join(p.text for p in generate(model, tokenizer, "hello",
+                                             Sampling(max_new_tokens=40, seed=5, ignore_eot=True)))
     stop = whole[10:13]
     pieces = list(generate(model, tokenizer, "hello", Sampling(max_new_tokens=40, seed=5, ignore_eot=True, stop=stop)))
     assert "".join(p.text for p in pieces) == whole[:whole.find(stop)] and pieces[-1].finish == "stop"
@@ -243,20 +250,25 @@ def test_many_prompts_and_samples_equal_one_by_one(model, tokenizer):
     many = list(generate_batch(model, tokenizer, prompts, s, samples=2, batch_size=3))
     assert [c.prompt for c in many] == [p for p in prompts for _ in range(2)]
     for i, c in enumerate(many):
-        one = list(generate(model, tokenizer, c.prompt, Sampling(max_new_tokens=30, seed=4 + i % 2, stop=("q", "\x00"))))
-        assert c.text == "".join(p.text for p in one) and c.tokens == [p.token for p in one[:-1]] and c.finish == one[-1].finish
+        one = list(generate(model, tokenizer, c.prompt,
+                            Sampling(max_new_tokens=30, seed=4 + i % 2, stop=("q", "\x00"))))
+        assert c.text == "".join(p.text for p in one) and c.finish == one[-1].finish
+        assert c.tokens == [p.token for p in one[:-1]]
 
 
 def test_prompts_that_cannot_be_continued_say_why(model, tokenizer):
     long = "x" * (CONTEXT + 1)
     too_long = f"has {CONTEXT + 1} tokens, the model reads {CONTEXT}"
-    for prompt, s, message in (("", Sampling(), "empty"), (long, Sampling(), too_long), ("a", Sampling(top_k=258), "at most 257")):
+    for prompt, s, message in (("", Sampling(), "empty"), (long, Sampling(), too_long),
+                               ("a", Sampling(top_k=258), "at most 257")):
         with pytest.raises(UsageError, match=message): next(generate(model, tokenizer, prompt, s))
-    cut = [p.token for p in generate(model, tokenizer, "y" + "x" * CONTEXT, Sampling(truncate="left", seed=1, max_new_tokens=5))]
+    cut = [p.token for p in generate(model, tokenizer, "y" + "x" * CONTEXT,
+                                     Sampling(truncate="left", seed=1, max_new_tokens=5))]
     assert cut == [p.token for p in generate(model, tokenizer, "x" * CONTEXT, Sampling(seed=1, max_new_tokens=5))]
     with pytest.raises(UsageError, match="don't belong together"): next(generate(wild("gpt2", 200), tokenizer, "a"))
     with pytest.raises(NotFoundError): load_for_generation("/nowhere")
-    with pytest.raises(UsageError, match="Prompt 2 of 3: .*empty"): next(generate_batch(model, tokenizer, ["a", "", "b"]))
+    with pytest.raises(UsageError, match="Prompt 2 of 3: .*empty"):
+        next(generate_batch(model, tokenizer, ["a", "", "b"]))
     with pytest.raises(UsageError, match=f"max-new-tokens {CONTEXT - 1}$"): beam(model, tokenizer, "a", beams=2)
 
 
@@ -270,12 +282,12 @@ def test_a_device_that_is_not_there_is_refused(tokenizer, tmp_path):
 
 def test_an_interrupted_batch_gives_what_was_written(tokenizer, monkeypatch):
     def interrupted(*args):
-        for i, tokens in enumerate(write_tokens(*args)):
+        for i, tokens in enumerate(sample_tokens(*args)):
             if i == 3: raise KeyboardInterrupt
             yield tokens
     s = Sampling(max_new_tokens=9, seed=1, ignore_eot=True)
     whole = list(generate_batch(wild("gpt2"), tokenizer, ["a", "bc"], s, samples=2))
-    monkeypatch.setattr(sampler, "write_tokens", interrupted)
+    monkeypatch.setattr(sampler, "sample_tokens", interrupted)
     cut = list(generate_batch(wild("gpt2"), tokenizer, ["a", "bc"], s, samples=2, batch_size=3))
     assert [c.finish for c in cut] == ["interrupted"] * 3  # the second batch was not begun
     assert [c.tokens for c in cut] == [c.tokens[:3] for c in whole[:3]]
@@ -283,7 +295,8 @@ def test_an_interrupted_batch_gives_what_was_written(tokenizer, monkeypatch):
 
 
 def beam(model, tokenizer, prompt, **knobs):
-    return [p.token for p in generate(model, tokenizer, prompt, Sampling(ignore_eot=True, **knobs)) if p.token is not None]
+    return [p.token for p in generate(model, tokenizer, prompt, Sampling(ignore_eot=True, **knobs))
+            if p.token is not None]
 
 
 @torch.no_grad()
@@ -298,7 +311,8 @@ def test_beams_find_the_most_probable_text(tokenizer):
     def score(tokens):
         logp = model(torch.cat([ids, torch.tensor([tokens])], 1))[0].log_softmax(-1)[0]
         return sum(logp[1 + i, t].item() for i, t in enumerate(tokens))
-    pieces = list(generate(model, tokenizer, "hi", Sampling(ignore_eot=True, beams=3, max_new_tokens=6, logprobs=True)))[:-1]
+    knobs = Sampling(ignore_eot=True, beams=3, max_new_tokens=6, logprobs=True)
+    pieces = list(generate(model, tokenizer, "hi", knobs))[:-1]
     assert sum(p.logprob for p in pieces) == pytest.approx(score([p.token for p in pieces]), abs=1e-3)
     one, three = (beam(model, tokenizer, "hi", beams=n, temperature=0, max_new_tokens=6) for n in (1, 3))
     assert score(three) >= score(one) - 1e-4
@@ -312,7 +326,8 @@ def test_beams_equal_hugging_faces(tokenizer, tmp_path):
         save_weights(model, tmp_path, 256)
         them, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([tokenizer.encode("hello")])
         for eot in (None, *range(5, 250, 25)):  # any token may end a text
-            want = them.generate(ids, num_beams=4, max_new_tokens=12, do_sample=False, eos_token_id=eot, pad_token_id=0)[0, 5:].tolist()
+            want = them.generate(ids, num_beams=4, max_new_tokens=12, do_sample=False, eos_token_id=eot,
+                                 pad_token_id=0)[0, 5:].tolist()
             if eot in want: ended, want = ended + 1, want[:want.index(eot)]
             tokenizer.eot_id = eot or 256
             s = Sampling(beams=4, max_new_tokens=12, ignore_eot=not eot)
@@ -323,14 +338,16 @@ def test_beams_equal_hugging_faces(tokenizer, tmp_path):
 # ---- the child process
 
 def test_the_server_answers_in_order_and_names_what_is_wrong(tokenizer):
-    requests = [{"id": 1, "prompt": "hello", "max_new_tokens": 6, "seed": 1}, "nonsense", {"id": 2, "prompt": "a", "top_p": 7},
+    requests = [{"id": 1, "prompt": "hello", "max_new_tokens": 6, "seed": 1}, "nonsense",
+                {"id": 2, "prompt": "a", "top_p": 7},
                 {"id": 3, "prompt": "a", "tempurature": 1}, {"id": 4}, {"id": 5, "prompt": "a", "temperature": "hot"},
                 {"id": 6, "prompt": "b", "max_new_tokens": 3, "seed": 1}]
     out = []
     serve(wild("gpt2"), tokenizer, [json.dumps(r) if isinstance(r, dict) else r for r in requests], out.append)
     first = [m for m in out if m.get("id") == 1]
     want = list(generate(wild("gpt2"), tokenizer, "hello", Sampling(max_new_tokens=6, seed=1)))
-    assert "".join(m.get("text", "") for m in first) == "".join(p.text for p in want) and first[-1]["finish"] == want[-1].finish
+    assert "".join(m.get("text", "") for m in first) == "".join(p.text for p in want)
+    assert first[-1]["finish"] == want[-1].finish
     errors = {m["id"]: m["error"] for m in out if "error" in m}
     assert set(errors) == {None, 2, 3, 4, 5} and "top_p" in errors[2] and "tempurature" in errors[3]
     assert [m["id"] for m in out if "finish" in m] == [1, 6]
@@ -344,7 +361,8 @@ def test_the_server_stops_a_text_that_is_cancelled(tokenizer):
         if "finish" in message: lines.put(None)
     lines.put('{"id": 1, "prompt": "a", "max_new_tokens": 100000, "ignore_eot": true}')
     thread = threading.Thread(target=serve, args=(wild("gpt2"), tokenizer, iter(lines.get, None), send))
-    thread.start(); thread.join(60)
+    thread.start()
+    thread.join(60)
     assert out[-1]["finish"] == "cancelled" and 2 <= out[-1]["tokens"] < 100_000
 
 
@@ -352,7 +370,8 @@ def test_the_child_process_takes_the_device_of_the_workspace(tokenizer, tmp_path
     save_weights(wild("qwen3"), tmp_path, 256)
     tokenizer.save(tmp_path)
     (tmp_path / "settings.ini").write_text("[llm_trainer]\ndevice = nonesuch")
-    done = subprocess.run([sys.executable, "-m", "llm_trainer.generate_server", str(tmp_path)], input="", capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "llm_trainer.generation.child", str(tmp_path)], input="",
+                          capture_output=True,
                           text=True, timeout=120, env={**os.environ, "LLM_TRAINER_HOME": str(tmp_path)})
     assert done.returncode == 2 and "settings.ini asks for the device 'nonesuch'" in json.loads(done.stdout)["error"]
 
@@ -360,8 +379,9 @@ def test_the_child_process_takes_the_device_of_the_workspace(tokenizer, tmp_path
 def test_the_child_process_speaks_json_lines_only(tokenizer, tmp_path):
     save_weights(wild("qwen3"), tmp_path, 256)
     tokenizer.save(tmp_path)
-    lines = "".join(json.dumps(r) + "\n" for r in ({"id": "a", "prompt": "é\n", "max_new_tokens": 5}, {"id": "b", "prompt": "", "seed": 1}))
-    command = [sys.executable, "-m", "llm_trainer.generate_server", str(tmp_path), "cpu"]
+    lines = "".join(json.dumps(r) + "\n" for r in ({"id": "a", "prompt": "é\n", "max_new_tokens": 5},
+                                                   {"id": "b", "prompt": "", "seed": 1}))
+    command = [sys.executable, "-m", "llm_trainer.generation.child", str(tmp_path), "cpu"]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
     messages = [json.loads(line) for line in io.StringIO(done.stdout)]
     assert done.returncode == 0 and messages[0]["ready"] and messages[0]["context"] == CONTEXT

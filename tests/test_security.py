@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from torture import hostile
 
-from llm_trainer.runs import create_run
+from llm_trainer.runs.run import create_run
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*(ROOT / "llm_trainer").rglob("*.py"), *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "bench").glob("*.py")])
-MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "commands", "pty"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "numpy.load", "np.load", "torch.hub.load",
+SOURCES = sorted([*(ROOT / "llm_trainer").rglob("*.py"), *(ROOT / "nbs").rglob("*.ipynb"),
+                  *(ROOT / "bench").glob("*.py")])
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "commands",
+           "pty"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "numpy.load", "np.load",
+         "torch.hub.load",
          "pandas.read_pickle", "tempfile.mktemp", "extractall", "torch.jit.load", "torch.package.PackageImporter"}
 KEYWORDS = {"trust_remote_code", "shell", "allow_pickle", "weights_only"}
 
@@ -22,7 +25,8 @@ def trees(path: Path):
     "The syntax trees of a module, or of the code cells of a notebook"
     if path.suffix == ".py": return [ast.parse(path.read_text())]
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    lines = [[line for line in "".join(c["source"]).split("\n") if not line.lstrip().startswith(("!", "%"))] for c in cells]
+    lines = [[line for line in "".join(c["source"]).split("\n") if not line.lstrip().startswith(("!", "%"))]
+             for c in cells]
     return [ast.parse("\n".join(each)) for each in lines]
 
 
@@ -31,7 +35,8 @@ def faults(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): found += [a.name for a in node.names if a.name.split(".")[0] in MODULES]
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in MODULES: found.append(node.module)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in MODULES:
+            found.append(node.module)
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name in CALLS or name.split(".")[-1] == "extractall": found.append(f"line {node.lineno}: {name}()")
@@ -45,17 +50,19 @@ def test_nothing_unpickles_evaluates_or_calls_a_shell(path):
 
 
 @pytest.mark.parametrize("line", [
-    "import pickle", "from pickle import loads", "import torch; torch.load('x', weights_only=True)", "eval('1')", "exec(code)",
-    "subprocess.run('x', shell=True)", "AutoModel.from_pretrained('x', trust_remote_code=True)", "np.load('x', allow_pickle=True)",
-    "tarfile.open('x').extractall()", "os.system('x')", "import yaml"])
+    "import pickle", "from pickle import loads", "import torch; torch.load('x', weights_only=True)", "eval('1')",
+    "exec(code)", "subprocess.run('x', shell=True)", "AutoModel.from_pretrained('x', trust_remote_code=True)",
+    "np.load('x', allow_pickle=True)", "tarfile.open('x').extractall()", "os.system('x')", "import yaml"])
 def test_the_walk_would_see_it(line): assert faults(ast.parse(line))
 
 
 def test_what_looks_alike_is_fine():
-    assert not faults(ast.parse("model.eval(); torch.compile(f); re.compile('x'); json.load(f); load_model(f); subprocess.run(['x'])"))
+    assert not faults(ast.parse("model.eval(); torch.compile(f); re.compile('x'); json.load(f); load_model(f); "
+                                "subprocess.run(['x'])"))
 
 
-@pytest.mark.parametrize("name", [n for n in hostile.pickles(Path("nowhere")) if n.startswith(("pickle", "global", "inst"))])
+@pytest.mark.parametrize("name", [n for n in hostile.pickles(Path("nowhere"))
+                                  if n.startswith(("pickle", "global", "inst"))])
 def test_each_payload_would_run_if_something_unpickled_it(name, tmp_path):
     "The battery's payloads are sharp"
     import pickle

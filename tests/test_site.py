@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from llm_trainer.cli import front
-from llm_trainer.config import fields, profiles
+from llm_trainer.cli.commands import front
+from llm_trainer.config import all_settings, profiles
 
 ROOT = Path(__file__).parent.parent
 SITE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Documentation"]
@@ -36,14 +37,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    out = tmp_path_factory.mktemp("site") / "docs"
-    done = subprocess.run([sys.executable, ROOT / "dev" / "site.py", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-@pytest.fixture(scope="module")
 def pages(site): return {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
 
 
@@ -56,10 +49,22 @@ def target(page: Path, link: str, site: Path) -> Path | None:
     return path / "index.html" if path.is_dir() else path
 
 
+@pytest.mark.parametrize("asked, code", [("--help", 0), ("--no-such-flag", 2)])
+@pytest.mark.parametrize("script", ["check_export", "picture", "readme", "site"])
+def test_a_script_that_is_asked_for_help_or_nonsense_makes_nothing(script, asked, code, tmp_path):
+    def made(): return {path: path.stat().st_mtime_ns for path in [ROOT / "README.md", *(ROOT / "nbs").rglob("*.*")]}
+    before = made()
+    done = subprocess.run([sys.executable, ROOT / "dev" / f"{script}.py", asked], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == code and "usage" in done.stdout + done.stderr
+    assert made() == before and not any(tmp_path.iterdir())
+
+
 def test_every_notebook_has_a_page(site):
     for notebook in (ROOT / "nbs").rglob("*.ipynb"):
         if ".ipynb_checkpoints" in notebook.parts: continue
-        name = re.sub(r"^\d+[a-z]?_", "", notebook.stem) if notebook.parent.name == "nbs" else f"tutorials/{notebook.stem}"
+        chapter = notebook.parent.name == "nbs"
+        name = re.sub(r"^\d+[a-z]?_", "", notebook.stem) if chapter else f"tutorials/{notebook.stem}"
         assert (site / f"{name}.html").is_file(), notebook
 
 
@@ -71,7 +76,8 @@ def test_every_internal_link_and_anchor_resolves(site, pages):
             if found is None: continue
             fragment = unquote(urlsplit(link).fragment)
             if not found.is_file(): wrong.append(f"{path.name}: {link}")
-            elif fragment and found.suffix == ".html" and fragment not in pages[found].ids: wrong.append(f"{path.name}: no anchor {link}")
+            elif fragment and found.suffix == ".html" and fragment not in pages[found].ids:
+                wrong.append(f"{path.name}: no anchor {link}")
     assert not wrong
 
 
@@ -86,24 +92,26 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
 
 
 def test_the_docs_line_of_each_module_leads_to_its_page(site):
-    "`help(llm_trainer.model)` ends with an address: a page of this site, or its Markdown copy"
+    "`help(llm_trainer.model.transformer)` ends with an address: a page of this site, or its Markdown copy"
     found = {}
-    for path in (ROOT / "llm_trainer").glob("*.py"):
+    for path in (ROOT / "llm_trainer").rglob("*.py"):
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        for link in re.findall(r"^Docs: (\S+)", said, re.M): found[path.stem] = link.removeprefix(SITE).lstrip("/") or "index.html"
-    assert len(found) > 20 and not [f"{module}: {page}" for module, page in found.items() if not (site / page).is_file()]
-    assert "](model.html.md)" in (site / "llms.txt").read_text(encoding="utf-8")
+        for link in re.findall(r"^Docs: (\S+)", said, re.M):
+            found[path.stem] = link.removeprefix(SITE).lstrip("/") or "index.html"
+    assert len(found) > 20 and not [f"{module}: {page}" for module, page in found.items()
+                                    if not (site / page).is_file()]
+    assert "](transformer.html.md)" in (site / "llms.txt").read_text(encoding="utf-8")
 
 
 def test_chapters_keep_their_opening_and_their_source(site):
-    text = (site / "model.html").read_text(encoding="utf-8")
+    text = (site / "transformer.html").read_text(encoding="utf-8")
     assert "letters mean the same sizes" in re.sub(r"\s+", " ", text)
     assert "scaled_dot_product_attention" in text and "Export -" not in text
     assert text.index('id="embedding"') < text.index('id="gpt2"')  # names in the order of their source
 
 
 def test_maths_needs_no_script(site, pages):
-    assert "<math" in (site / "model.html").read_text(encoding="utf-8")
+    assert "<math" in (site / "transformer.html").read_text(encoding="utf-8")
     assert not any("katex" in link.lower() for page in pages.values() for link in page.resources)
 
 
@@ -120,24 +128,27 @@ def test_the_settings_named_at_a_command_are_its_flags(site):
     text = (site / "commands.html").read_text(encoding="utf-8")
     about = {re.match("[^>]*>([^<]*)", part)[1]: part for part in text.split("<h3")}
     assert "Every setting" in about["train"] and "Every setting" not in about["resume"]
-    for flag in front.commands["resume"].flags.values(): assert not flag.note or flag.hidden or f"--{flag.name}" in about["resume"]
+    for flag in front.commands["resume"].flags.values():
+        assert not flag.note or flag.hidden or f"--{flag.name}" in about["resume"]
     assert "--n_layer" not in about["resume"]
 
 
 def test_the_dashes_of_a_flag_stay_two(site):
-    for path in site.rglob("*.html"): assert not re.findall(r".{20}–[a-z][\w-]*", path.read_text(encoding="utf-8")), path.name
+    for path in site.rglob("*.html"):
+        assert not re.findall(r".{20}–[a-z][\w-]*", path.read_text(encoding="utf-8")), path.name
 
 
 def test_every_setting_and_profile_is_explained(site):
     text = (site / "configuration.html").read_text(encoding="utf-8")
-    for knob in fields().values(): assert f"<code>{knob.name}</code>" in text, knob.name
+    for knob in all_settings().values(): assert f"<code>{knob.name}</code>" in text, knob.name
     for name in profiles(ROOT / "configs"): assert f'id="{name}"' in text, name
 
 
 def test_search_knows_the_functions(site):
     entries = json.loads((site / "search.json").read_text(encoding="utf-8"))
     assert any("generate" in (e["title"] + e["section"]).lower() for e in entries)
-    assert {e["href"].split("#")[0] for e in entries} >= {"index.html", "model.html", "commands.html", "configuration.html"}
+    wanted = {"index.html", "transformer.html", "commands.html", "configuration.html"}
+    assert {e["href"].split("#")[0] for e in entries} >= wanted
 
 
 def test_sidebar_lists_every_page(site, pages):
@@ -146,7 +157,7 @@ def test_sidebar_lists_every_page(site, pages):
 
 
 def test_saved_outputs_stay_small():
-    "The repository stays below 5 MB: a notebook weighs no more than a chapter with its pictures, and no output is an error"
+    "The repository stays below 5 MB: no notebook outweighs a chapter with its pictures, and no output is an error"
     for path in (ROOT / "nbs").rglob("*.ipynb"):
         if ".ipynb_checkpoints" in path.parts: continue
         assert path.stat().st_size < 300_000, path
@@ -172,7 +183,7 @@ def test_the_picture_is_the_one_its_program_draws(tmp_path):
 
 def test_every_export_says_what_it_is_and_what_it_takes():
     wrong = []
-    for path in (ROOT / "llm_trainer").glob("*.py"):
+    for path in (ROOT / "llm_trainer").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if "AUTOGENERATED" not in text: continue
         lines = text.splitlines()
@@ -180,8 +191,79 @@ def test_every_export_says_what_it_is_and_what_it_takes():
             if not isinstance(thing, (ast.FunctionDef, ast.ClassDef)) or thing.name.startswith("_"): continue
             said = ast.get_docstring(thing) or ""
             if not said: wrong.append(f"{path.stem}.{thing.name}")
-            for call in [thing] if isinstance(thing, ast.FunctionDef) else [f for f in thing.body if getattr(f, "name", "") == "__init__"]:
+            own = [thing] if isinstance(thing, ast.FunctionDef) else thing.body
+            for call in [f for f in own if f is thing or getattr(f, "name", "") == "__init__"]:
                 for arg in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs):
                     explained = "#" in lines[arg.end_lineno - 1][arg.end_col_offset:] or f"`{arg.arg}`" in said
-                    if arg.arg not in ("self", "cls") and not explained: wrong.append(f"{path.stem}.{thing.name}({arg.arg})")
+                    if arg.arg not in ("self", "cls") and not explained:
+                        wrong.append(f"{path.stem}.{thing.name}({arg.arg})")
     assert not wrong
+
+
+# In a browser, from the folder, with nothing that serves it
+
+CONTRAST = """() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 ? m : [...m, 1]; };
+  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+  const ground = e => { const all = [];
+    for (let n = e; n; n = n.parentElement) {
+      const c = parse(getComputedStyle(n).backgroundColor);
+      all.push(c);
+      if (c[3] === 1) break;
+    }
+    return all.reverse().reduce((below, c) => over(c, below), [255, 255, 255]); };
+  const faint = {}, walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, s = getComputedStyle(e);
+    if (!walk.currentNode.textContent.trim() || !e.getClientRects().length) continue;
+    if (e.closest('script,style,svg,.skip-link')) continue;
+    const below = ground(e), a = light(over(parse(s.color), below)) + .05, b = light(below) + .05;
+    const big = parseFloat(s.fontSize) >= 24 || (parseFloat(s.fontSize) >= 18.66 && +s.fontWeight >= 700);
+    if (Math.max(a, b) / Math.min(a, b) < (big ? 3 : 4.5))
+      faint[e.tagName + ' ' + s.color] = walk.currentNode.textContent.trim();
+  }
+  return faint; }"""
+
+
+@pytest.mark.browser
+def test_the_pages_are_read_searched_and_passed_through_without_a_mouse(site):
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None: pytest.skip("no Chromium here: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=300_000)
+        for scheme in ("light", "dark"):
+            page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
+            for name in ("index", "commands", "filters", "tutorials/02_reading_a_loss_curve"):
+                page.goto((site / f"{name}.html").as_uri())
+                assert page.evaluate(CONTRAST) == {}, f"{scheme}: {name}"
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip-link"
+        page.fill("#quarto-search input", "temperature")
+        page.wait_for_selector(".smalldocs-search-results a", timeout=300_000)
+        page.set_viewport_size({"width": 390, "height": 800})
+        for name in ("index", "commands", "configuration", "filters"):
+            page.goto((site / f"{name}.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+        browser.close()
+
+
+def test_each_source_link_has_its_line_and_each_picture_its_words(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert "#LNone" not in text, path.name
+        assert not [image for image in re.findall(r"<img[^>]*>", text) if not re.search(r'alt="[^"]', image)], path.name
+
+
+def test_each_setting_has_an_address(site, pages):
+    assert set(all_settings()) <= pages[site / "configuration.html"].ids
+
+
+def test_the_map_for_machines_goes_in_reading_order(site):
+    listed = re.findall(r"^- \[[^]]*\]\((\S+?)\.html\.md\): \S", (site / "llms.txt").read_text(encoding="utf-8"), re.M)
+    order = [listed.index(name) for name in ("config", "tokenizer", "transformer", "trainer", "recipe")]
+    assert order == sorted(order)
+    assert listed[0] == "index"
+    assert {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")} == set(listed)

@@ -1,14 +1,14 @@
-"""The whole life of a run in seconds: train, save, resume, sample, and open it with Transformers. Run this one first."""
+"""The whole life of a run in seconds: train, save, resume, sample, open it with Transformers. Run this one first."""
 import json
 import math
 import shutil
 
 import pytest
 from llm_trainer import workspace
-from llm_trainer.checkpoint import Checkpoints, weights_hash
+from llm_trainer.training.checkpoint import Checkpoints, weights_hash
 from llm_trainer.config import load_config
-from llm_trainer.sampler import Sampling, generate, load_for_generation
-from llm_trainer.train import train
+from llm_trainer.generation.sampler import Sampling, generate, load_for_generation
+from llm_trainer.training.recipe import train
 
 PROMPT = "Return the"
 
@@ -48,9 +48,9 @@ def test_bits_per_byte_and_perplexity_fit_the_loss(events):
 
 def test_a_checkpoint_is_whole_and_verifies(best):
     names = {str(p.relative_to(best)) for p in best.rglob("*") if p.is_file()}
-    assert names == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                     "manifest.json", "state/optimizer.safetensors", "state/trainer.json"}
-    from llm_trainer.checkpoint import verify
+    assert names == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+                     "tokenizer_config.json", "manifest.json", "state/optimizer.safetensors", "state/trainer.json"}
+    from llm_trainer.training.checkpoint import verify
     assert verify(best) == []
 
 
@@ -64,7 +64,8 @@ def test_going_on_for_two_epochs_trains_exactly_two(space, events):
 
 def test_it_writes_text(best):
     model, tokenizer = load_for_generation(best)
-    write = lambda seed: "".join(p.text for p in generate(model, tokenizer, PROMPT, Sampling(max_new_tokens=12, seed=seed)))
+    def write(seed):
+        return "".join(p.text for p in generate(model, tokenizer, PROMPT, Sampling(max_new_tokens=12, seed=seed)))
     assert write(1) == write(1) != write(2)
 
 
@@ -75,16 +76,19 @@ def test_transformers_opens_the_folder_and_writes_the_same(best):
     model, tokenizer = load_for_generation(best, "cpu")
     ids = tokenizer.encode(PROMPT)
     assert pieces(PROMPT)["input_ids"] == ids
-    ours = [p.token for p in generate(model, tokenizer, PROMPT, Sampling(max_new_tokens=20, temperature=0, ignore_eot=True))]
+    ours = [p.token for p in generate(model, tokenizer, PROMPT,
+                                      Sampling(max_new_tokens=20, temperature=0, ignore_eot=True))]
     with torch.no_grad():
-        out = theirs.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False,
+                              pad_token_id=0)
     assert out[0, len(ids):].tolist() == [t for t in ours if t is not None]
 
 
 def test_the_weights_hash_is_that_of_the_file(best):
     import hashlib
     assert weights_hash(best) == hashlib.sha256((best / "model.safetensors").read_bytes()).hexdigest()
-    assert json.loads((best / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"] == weights_hash(best)
+    files = json.loads((best / "manifest.json").read_text())["files"]
+    assert files["model.safetensors"]["sha256"] == weights_hash(best)
 
 
 def test_a_new_run_starts_from_its_weights(space, events, best):
@@ -100,4 +104,5 @@ def test_a_new_run_starts_from_its_weights(space, events, best):
 def test_it_samples_while_training_in_bfloat16(space, arch):
     config = load_config("tiny").replace(arch=arch, dtype="bfloat16", max_steps=4, sample_every=2, eval_every=2)
     events = list(train(f"half-{arch}", config, dict(target_epochs=1, target_steps=4), space))
-    assert [e.step for e in events if e.kind == "sampled"] == [2, 4] and all(e.text for e in events if e.kind == "sampled")
+    sampled = [e for e in events if e.kind == "sampled"]
+    assert [e.step for e in sampled] == [2, 4] and all(e.text for e in sampled)

@@ -9,15 +9,17 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llm_trainer.builtin import documents, open_builtin
-from llm_trainer.data import cut
+from hearing import Heard
+from llm_trainer.data.builtin import documents, open_builtin
+from llm_trainer.data.corpus import cut
 from llm_trainer.errors import NotFoundError, UsageError
-from llm_trainer.tokenizer import EOT, KINDS, Tokenizer, prepare_tokenizer, train_tokenizer
+from llm_trainer.data.tokenizer import EOT, KINDS, Tokenizer, prepare_tokenizer, train_tokenizer
 
 CORPUS = list(documents("python-docs-tiny")) + ["Größe, œuvre, 東京, 😀"]
 TOKENIZERS = {kind: train_tokenizer(kind, 600, CORPUS) for kind in KINDS}
 STRANGE = ["", " ", "\0", "\r\n\t\x0b\x1b[31m", "<|endoftext|>", "a<|endoftext|>b <|endoftext", "<0x41>", "Ġ",
-           "e\u0301 \u200b\ufeff", "👩‍👩‍👧 🇫🇷 𝕳 ﷽", "   spaces   between   ", "\u2028\ufffd\U0010ffff", "don't we'll I'd 123 x_y"]
+           "e\u0301 \u200b\ufeff", "👩‍👩‍👧 🇫🇷 𝕳 ﷽", "   spaces   between   ", "\u2028\ufffd\U0010ffff",
+           "don't we'll I'd 123 x_y"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +81,7 @@ def test_the_pieces_of_any_text_have_the_tokens_of_the_whole(text, size):
 
 
 def test_training_is_the_same_in_another_process(tmp_path):
-    code = ("from llm_trainer.builtin import documents; from llm_trainer.tokenizer import train_tokenizer; "
+    code = ("from llm_trainer.data.builtin import documents; from llm_trainer.data.tokenizer import train_tokenizer; "
             "print(train_tokenizer('bpe', 700, documents('python-docs-tiny')).hash)")
     hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                              env={"PYTHONHASHSEED": seed, "TOKENIZERS_PARALLELISM": parallel, "PATH": ""}).stdout
@@ -88,8 +90,8 @@ def test_training_is_the_same_in_another_process(tmp_path):
 
 
 def test_a_vocabulary_that_the_text_does_not_support_is_smaller_and_said():
-    said = []
-    assert train_tokenizer("bpe", 5000, ["aaa bbb"], said.append).vocab_size < 300
+    said = Heard()
+    assert train_tokenizer("bpe", 5000, ["aaa bbb"], said).vocab_size < 300
     assert len(said) == 1 and "5,000" in said[0]
     with pytest.raises(UsageError, match="257"): train_tokenizer("bpe", 256, ["a"])
 
@@ -112,8 +114,8 @@ def test_a_tokenizer_is_prepared_once(tmp_path):
     assert prepare_tokenizer(wish, [(corpus, 1.0)], tmp_path).hash == one.hash
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("G", "H", 1))
-    said = []
-    assert prepare_tokenizer(wish, [corpus], tmp_path, said.append).hash == one.hash and "made again" in said[0]
+    said = Heard()
+    assert prepare_tokenizer(wish, [corpus], tmp_path, said).hash == one.hash and "made again" in said[0]
     by_path = prepare_tokenizer(SimpleNamespace(tokenizer=str(folder), vocab_size=0), [corpus], tmp_path)
     assert by_path.hash == one.hash
 
@@ -150,7 +152,8 @@ def tree(change):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\xff\xfe", b"{", b"[]", b"[" * 200_000, b'{"model": 1}', b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    b"", b"\xff\xfe", b"{", b"[]", b"[" * 200_000, b'{"model": 1}',
+    b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
     tree(lambda t: t["model"].update(type="WordPiece")).encode(), tree(lambda t: t.update(decoder=None)).encode(),
     tree(lambda t: t.update(added_tokens=[])).encode().replace(EOT.encode(), b"gone"),
     tree(lambda t: t.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(" * 5000}})).encode(),

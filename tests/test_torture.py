@@ -16,5 +16,6 @@ def test_children_that_end_in_the_same_instant_are_all_heard_of(tmp_path):
 
 
 def test_a_child_that_sleeps_for_too_long_is_ended(tmp_path):
-    hangs = forks.server().start(["train", "--config", "torture"], lives.new_home(tmp_path), failpoint="lock.taken=stop")
+    hangs = forks.server().start(["train", "--config", "torture"], lives.new_home(tmp_path),
+                                 failpoint="lock.taken=stop")
     assert hangs.wait(limit=1) == -1000 and not hangs.alive()

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llm_trainer.batches import Stream, Windows, val_batches
-from llm_trainer.checkpoint import SavedInfo
+from llm_trainer.data.batches import Stream, Windows, val_batches
+from llm_trainer.training.checkpoint import SavedInfo
 from llm_trainer.config import load_config
 from llm_trainer.device import resolve, seed_everything
-from llm_trainer.model import GPT
-from llm_trainer.optimizer import LRPlan, build_optimizer
-from llm_trainer.trainer import Trainer, accumulate
+from llm_trainer.model.transformer import GPT
+from llm_trainer.training.optimizer import LRSchedule, build_optimizer
+from llm_trainer.training.step import accumulate
+from llm_trainer.training.trainer import Trainer
 
 TOKENS = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, np.uint8).astype(np.uint16)
 
@@ -19,10 +20,13 @@ TOKENS = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, n
 def trainer(steps=6, **settings):
     config = load_config("tiny").replace(**dict(save_every=0, eval_every=0, sample_every=0, warmup_steps=0) | settings)
     t = config.training
-    resolution = resolve(t); resolution.apply(); seed_everything(t.seed)
+    resolution = resolve(t)
+    resolution.apply()
+    seed_everything(t.seed)
     windows = Windows(TOKENS, config.model.seq_len)
     made = GPT(config.model, 256)
-    return Trainer(made, build_optimizer(made, t), LRPlan.from_config(t, steps), Stream(windows, t.batch_size, t.seed), t, resolution,
+    return Trainer(made, build_optimizer(made, t), LRSchedule.from_config(t, steps),
+                   Stream(windows, t.batch_size, t.seed), t, resolution,
                    target_position=10**9, target_step=steps, lengths=torch.ones(256, dtype=torch.long),
                    validation=lambda: [("all", val_batches(windows, t.batch_size, 1))])
 
@@ -34,7 +38,8 @@ def test_32_batches_of_one_are_one_batch_of_32(arch):
     found = []
     for size in (32, 1):
         t = trainer(arch=arch)
-        loss, targets = accumulate(t.model.loss, list(zip(x.split(size), y.split(size))), t.device, t.resolution.autocast)
+        loss, targets = accumulate(t.model.loss, list(zip(x.split(size), y.split(size))), t.device,
+                                   t.resolution.autocast)
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in t.model.parameters()])))
     (whole, a), (parts, b) = found
     assert targets == 32 * 64 - 24 and abs(whole - parts) <= 1e-6 * whole
@@ -48,27 +53,27 @@ def test_the_trajectory_is_the_same_with_either_split():
 
 def test_patience_ends_a_run_that_no_longer_gets_better():
     t = trainer(steps=50, patience=2, lr=1e-9, min_lr=0, eval_every=1)
-    t.progress.best_val_loss = 0.0
+    t.state.best_val_loss = 0.0
     *_, last = t
-    assert (last.status, last.code, t.progress.step) == ("completed", "patience", 2)
+    assert (last.status, last.code, t.state.step) == ("completed", "patience", 2)
 
 
 def test_patience_that_ran_out_in_an_evaluation_owed_ends_the_run_too():
     t = trainer(steps=50, patience=2, lr=1e-9, min_lr=0, eval_every=1)
-    t.progress.best_val_loss, t.progress.evaluations_since_best, t.owes_evaluation = 0.0, 1, True
+    t.state.best_val_loss, t.state.evaluations_since_best, t.owes_evaluation = 0.0, 1, True
     *_, last = t
-    assert (last.status, last.code, t.progress.step) == ("completed", "patience", 0)
+    assert (last.status, last.code, t.state.step) == ("completed", "patience", 0)
 
 
 @pytest.mark.parametrize("end", ["stop", "patience"])
 def test_a_save_that_failed_is_tried_again_before_the_end(end):
     t, tries = trainer(steps=50, eval_every=2, patience=2 * (end == "patience")), []
     def save(trainer):
-        tries.append(trainer.progress.step)
+        tries.append(trainer.state.step)
         if len(tries) == 1: raise OSError(28, "No space left on device")
         return SavedInfo(Path("x"), 1, 0.1)
     t.save_to = save
-    if end == "patience": t.progress.best_val_loss, t.progress.evaluations_since_best = 0.0, 1
+    if end == "patience": t.state.best_val_loss, t.state.evaluations_since_best = 0.0, 1
     else: t.requests = lambda: {"stop"} if tries else set()
     *events, last = t
     assert tries == [2, 2] and [e.step for e in events if e.kind == "saved"] == [2]
@@ -77,21 +82,21 @@ def test_a_save_that_failed_is_tried_again_before_the_end(end):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on():
     t = trainer(steps=5)
-    real, calls = t.loss, iter(range(100))
-    t.loss = lambda *a, **k: real(*a, **k) * (math.nan if next(calls) == 2 else 1)
+    real, calls = t.stepper.loss, iter(range(100))
+    t.stepper.loss = lambda *a, **k: real(*a, **k) * (math.nan if next(calls) == 2 else 1)
     events = list(t)
     assert [(e.step, e.what) for e in events if e.kind == "skipped"] == [(3, "loss")]
-    assert events[-1].status == "completed" and t.progress.skipped == 1
+    assert events[-1].status == "completed" and t.state.skipped == 1
     assert all(torch.isfinite(p).all() for p in t.model.parameters())
 
 
 def test_ten_in_a_row_are_diverged():
     t = trainer(steps=50)
-    real = t.loss
-    t.loss = lambda *a, **k: real(*a, **k) * math.inf
+    real = t.stepper.loss
+    t.stepper.loss = lambda *a, **k: real(*a, **k) * math.inf
     before = [p.clone() for p in t.model.parameters()]
     *_, last = t
-    assert (last.status, last.code, t.progress.step) == ("diverged", "non_finite", 10)
+    assert (last.status, last.code, t.state.step) == ("diverged", "non_finite", 10)
     assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))
 
 
@@ -111,7 +116,7 @@ def test_clipping_bounds_the_gradient_that_is_used():
 
 def test_a_stop_before_the_last_evaluation_leaves_it_owed():
     t = trainer(steps=3, eval_every=0)
-    t.requests = lambda: {"stop"} if t.progress.step == 3 else set()
+    t.requests = lambda: {"stop"} if t.state.step == 3 else set()
     *_, last = t
     assert t.complete and (last.status, t.owes_evaluation) == ("stopped", True)
     t.requests = set

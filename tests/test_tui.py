@@ -15,15 +15,16 @@ from textual.widgets import Input, Select
 from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
                        text_of, told, until)
 
-from llm_trainer import launch
-from llm_trainer.runs import Run
+from llm_trainer.runs import launch
+from llm_trainer.runs.run import Run
+from llm_trainer.system.files import Follower
 from llm_trainer.tui.app import wants_ascii
 from llm_trainer.tui.glyphs import braille, line, to_ascii
-from llm_trainer.tui.readers import Curves, Overview, RunReader, Tail, dataset_of
+from llm_trainer.tui.readers import Overview, RunReader, dataset_of
 from llm_trainer.tui.screens.runs import epochs
-from llm_trainer.tui.series import TRAIN, Series
+from llm_trainer.runs.curves import TRAIN, Curves, Series, columns
 from llm_trainer.tui.widgets.key_bar import KeyBar
-from llm_trainer.tui.widgets.plot import Plot, columns, ticks
+from llm_trainer.tui.widgets.plot import Plot, ticks
 from llm_trainer.tui.widgets.table import Table
 
 
@@ -41,7 +42,8 @@ def empty(tmp_path): return World(tmp_path, recorded=False)
 # -- Finding and reading --
 
 def test_an_epoch_goal_of_a_resumed_run_is_told_in_two_decimals():
-    assert epochs(SimpleNamespace(epoch=.4634, epochs=1.42884)) == "0.5/1.43" and epochs(SimpleNamespace(epoch=1, epochs=2)) == "1.0/2"
+    assert epochs(SimpleNamespace(epoch=.4634, epochs=1.42884)) == "0.5/1.43"
+    assert epochs(SimpleNamespace(epoch=1, epochs=2)) == "1.0/2"
 
 
 async def test_an_empty_workspace_says_what_to_type(empty):
@@ -88,7 +90,8 @@ async def test_numbers_move_and_only_their_line_is_painted_again(world):
         table = pilot.app.screen.table
         painted = []
         refresh = table.refresh
-        table.refresh = lambda *regions, **options: (painted.extend(regions or ["all"]), refresh(*regions, **options))[1]
+        table.refresh = lambda *regions, **options: (painted.extend(regions or ["all"]),
+                                                     refresh(*regions, **options))[1]
         path = world.space.runs / RUNNING / "state.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 1.2345, "step": 300}))
         await shows(pilot, "1.23", "86%")
@@ -169,9 +172,30 @@ async def test_keys_typed_ahead_of_a_slow_line_reach_their_field(empty):
         await press(pilot, "n")
         await shows(pilot, "[model]")
         pilot.app.screen.set_focus(pilot.app.screen.query_one("#run-name"))
-        for key in ("a", "b", "tab", "c", "d", "tab", "e", "f"): pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
-        await until(pilot, lambda: [pilot.app.screen.query_one(f"#{name}", Input).value for name in ("run-name", "note", "find")]
+        for key in ("a", "b", "tab", "c", "d", "tab", "e", "f"):
+            pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await until(pilot, lambda: [pilot.app.screen.query_one(f"#{name}", Input).value
+                                    for name in ("run-name", "note", "find")]
                     == ["ab", "cd", "ef"])
+
+
+def type_at_once(pilot, *keys):
+    "All in one packet, as over a slow line"
+    for key in keys: pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
+
+
+async def test_keys_typed_ahead_of_a_dialog_that_opens_reach_the_dialog(world):
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        list_of_runs, asked = pilot.app.screen, world.space.runs / RUNNING / "control" / "stop"
+        type_at_once(pilot, "question_mark", "q")  # help, and away with it: the list would have quit
+        type_at_once(pilot, "x", "right", "enter")  # stop? yes: the list would have opened the run
+        await until(pilot, asked.exists)
+        await until(pilot, lambda: pilot.app.screen is list_of_runs and pilot.app.is_running)
+        type_at_once(pilot, "y", "j", "enter")  # copy the second choice, j standing for down
+        await told(pilot, "Copied: next command")
+        type_at_once(pilot, "n", "x", "y", "escape")  # a form whose field x and y belong to
+        await until(pilot, lambda: pilot.app.screen is list_of_runs)
 
 
 async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
@@ -235,7 +259,8 @@ async def test_the_parts_of_a_run(world):
         await shows(pilot, "Differs from the defaults", "qwen3", "default gpt2")
         await press(pilot, "6")
         text = await shows(pilot, "★", "best latest", "✓ now")
-        assert [row.step for row in pilot.app.screen.query_one("#checkpoints", Table).rows] == [200, 150, 100] and "2.98" in text
+        assert [row.step for row in pilot.app.screen.query_one("#checkpoints", Table).rows] == [200, 150, 100]
+        assert "2.98" in text
 
 
 async def test_log_lines_that_come_while_it_is_hidden_are_as_wide_as_the_others(world):
@@ -367,7 +392,8 @@ async def test_resume_shows_the_plan_before_anything_happens(world):
         await press(pilot, "e")
         await shows(pilot, f"Resume {FINISHED}", "nothing left to train")
         await press(pilot, "2")
-        await shows(pilot, "The plan", "epoch 4", "lr         1.53e-05 → 0.002", "347 more, about 1m23s")
+        await shows(pilot, "The plan", "epoch 4: 0 left + 2 more", "1.53e-05 in the last step, 0.002 in the next",
+                    "347 more, about 1m23s")
         await press(pilot, "escape")
         assert len(Run(world.space.runs / FINISHED).attempts()) == 1
 
@@ -386,7 +412,8 @@ async def test_copy_puts_names_and_commands_into_the_clipboard(world, monkeypatc
 
 async def test_inside_tmux_a_copy_lands_in_its_buffer(world, tmp_path, monkeypatch):
     "tmux takes no clipboard sequence from a program unless its owner told it to"
-    (tmp_path / "tmux").write_text(f'#!/bin/sh\ncase "$*" in *-w*) exit 1;; esac\necho "$@" > {tmp_path}/said; cat > {tmp_path}/buffer\n')
+    (tmp_path / "tmux").write_text(f'#!/bin/sh\ncase "$*" in *-w*) exit 1;; esac\necho "$@" > {tmp_path}/said; cat > '
+                                   f'{tmp_path}/buffer\n')
     (tmp_path / "tmux").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("TMUX", "socket,1,0")
@@ -429,8 +456,8 @@ async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_res
     async with world.app().run_test(size=(100, 30)) as pilot:
         await shows(pilot, RUNNING)
         screen = await tiny_form(pilot)
-        for name, value, says in (("init_from", "nobody", "There is no run nobody"), ("init_from", RUNNING, "config.json"),
-                                  ("dataset", "photo.txt", "NUL bytes")):
+        for name, value, says in (("init_from", "nobody", "There is no run nobody"),
+                                  ("init_from", RUNNING, "config.json"), ("dataset", "photo.txt", "is not text")):
             screen.query_one(f"#value-{name}", Input).value = value
             await shows(pilot, "1 changed")
             await press(pilot, "ctrl+s")
@@ -453,13 +480,16 @@ async def test_footer_palette_and_help_hold_every_action(world):
     async with world.app().run_test(size=(120, 40)) as pilot:
         await shows(pilot, RUNNING)
         for key in (None, "enter"):
-            if key: await press(pilot, key); await shows(pilot, "step 213/347")
+            if key:
+                await press(pilot, key)
+                await shows(pilot, "step 213/347")
             screen = pilot.app.screen
             footer = {label for _, label, _, enabled in screen.query_one(KeyBar).entries() if enabled}
             palette = {command.title.partition("  ")[0] for command in pilot.app.get_system_commands(screen)}
             groups = {"Parts", "Zoom", "Pan"}
             assert footer - palette - groups == {"All"}
-            assert {"Resume", "Stop", "Save", "Generate", "Copy"} <= {label for _, label, _, _ in screen.query_one(KeyBar).entries()}
+            assert {"Resume", "Stop", "Save", "Generate", "Copy"} <= {label for _, label, _,
+                                                                      _ in screen.query_one(KeyBar).entries()}
             await press(pilot, "question_mark")
             assert isinstance(pilot.app.screen, HelpScreen)
             await shows(pilot, "never stops training")
@@ -512,12 +542,16 @@ async def test_the_folder_of_runs_vanishes_and_comes_back(world):
 
 
 DAMAGE = {
-    "state.json": [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"status": 7, "step": "x", "loss": {}, "loss_history": {"a": 1}}',
-                   b'{"status": "running", "step": 1e999, "loss": NaN, "epoch": -Infinity, "eta_seconds": 1e308}', b"[" * 5000,
-                   b'{"status": "no such status", "loss_history": ["a", null, [], 1]}'],
-    "meta.json": [b"", b"{", b'{"config": 3, "device": []}', b'{"config": {"data": {"dataset": [1, {}]}}, "created_at": 12}'],
-    "metrics.jsonl": [b"", b'{"kind": "train", "step": 1, "lo', b'{"kind":"train","step":"x","loss":[]}\n{"kind":3}\nnull\n',
-                      b'{"kind":"train","step":5,"loss":null}\n', b"\x00" * 100, b'{"kind":"train","step":1e400,"loss":1}\n'],
+    "state.json": [b"", b"{", b"[]", b'"text"', b"\xff\xfe",
+                   b'{"status": 7, "step": "x", "loss": {}, "loss_history": {"a": 1}}',
+                   b'{"status": "running", "step": 1e999, "loss": NaN, "epoch": -Infinity, "eta_seconds": 1e308}', b"["
+                   * 5000, b'{"status": "no such status", "loss_history": ["a", null, [], 1]}'],
+    "meta.json": [b"", b"{", b'{"config": 3, "device": []}',
+                  b'{"config": {"data": {"dataset": [1, {}]}}, "created_at": 12}'],
+    "metrics.jsonl": [b"", b'{"kind": "train", "step": 1, "lo',
+                      b'{"kind":"train","step":"x","loss":[]}\n{"kind":3}\nnull\n',
+                      b'{"kind":"train","step":5,"loss":null}\n', b"\x00" * 100,
+                      b'{"kind":"train","step":1e400,"loss":1}\n'],
     "samples.jsonl": [b'{"step": {}, "prompt": 3, "text": null}\n', b"[]\n\n{"],
     "train.log": [b"\xff\x00\r\r\rhalf", b"a" * 300_000],
     "notes.txt": [b"\xff" * 100]}
@@ -570,10 +604,13 @@ def test_a_folder_we_may_not_read_is_shown_as_such(world):
     folder = world.space.runs / STOPPED
     folder.chmod(0)
     bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    if bound and (not shutil.which(bound[0]) or subprocess.run([*bound, "true"]).returncode): pytest.skip("root needs setpriv")
-    try: done = subprocess.run([*bound, sys.executable, "-c", CLOSED, str(world.space.root), STOPPED], capture_output=True, text=True)
+    if bound and (not shutil.which(bound[0]) or subprocess.run([*bound, "true"]).returncode):
+        pytest.skip("root needs setpriv")
+    try:
+        done = subprocess.run([*bound, sys.executable, "-c", CLOSED, str(world.space.root), STOPPED],
+                              capture_output=True, text=True)
     finally: folder.chmod(0o700)
-    assert done.stdout == f"unreadable - No permission to read {folder}.\n", done
+    assert done.stdout == f"unknown - No permission to read {folder}.\n", done
 
 
 async def test_a_reader_that_fails_is_a_notice_not_a_crash(world):
@@ -588,16 +625,20 @@ async def test_a_reader_that_fails_is_a_notice_not_a_crash(world):
 
 # -- Text from runs --
 
-TRICKS = ["\x1b[31m", "\x1b]0;owned\x07", "\x1b]52;c;aGk=\x07", "\x1bP+q\x1b\\", "\x9b2J", "\x9d0;owned\x9c", "\x1b[?1049l", "\x1bc",
-          "\x07", "\x08\x08", "\r", "\x00", "\x7f", "\x85", "\u202e", "\u2066", "\u200f", "\u061c", "\ud800", "\u2028", "\x1b",
-          "\x1b[", "\x1b]8;;http://x\x1b\\", "[/]", "[bold]", "[@click=app.quit]x[/]", "[link='x']", "\\[", "[red on", "{0}",
-          "%s", "$error"]
-HOSTILE = [f"a{before}{trick}{after}z" for trick in TRICKS for before in ("", "[", "\n", "é") for after in ("", "]", "\x1b[0m")]
+TRICKS = ["\x1b[31m", "\x1b]0;owned\x07", "\x1b]52;c;aGk=\x07", "\x1bP+q\x1b\\", "\x9b2J", "\x9d0;owned\x9c",
+          "\x1b[?1049l", "\x1bc",
+          "\x07", "\x08\x08", "\r", "\x00", "\x7f", "\x85", "\u202e", "\u2066", "\u200f", "\u061c", "\ud800", "\u2028",
+          "\x1b",
+          "\x1b[", "\x1b]8;;http://x\x1b\\", "[/]", "[bold]", "[@click=app.quit]x[/]", "[link='x']", "\\[", "[red on",
+          "{0}", "%s", "$error"]
+HOSTILE = [f"a{before}{trick}{after}z" for trick in TRICKS for before in ("", "[", "\n", "é")
+           for after in ("", "]", "\x1b[0m")]
 
 
 def everywhere(text: str) -> dict:
     "A state with the text in every field that holds text"
-    return {"status": "failed", "phase": text, "device": text, "step": 1, "steps": 2, "created_at": "2026-05-01T00:00:00Z",
+    return {"status": "failed", "phase": text, "device": text, "step": 1, "steps": 2,
+            "created_at": "2026-05-01T00:00:00Z",
             "reason": {"code": text, "message": text}, "loss_history": [text, 1, 2]}
 
 
@@ -609,11 +650,13 @@ async def test_hostile_text_reaches_no_terminal_and_is_no_markup(empty):
         folder.mkdir()
         text = " ".join(group)
         (folder / "state.json").write_text(json.dumps(everywhere(text)))
-        (folder / "meta.json").write_text(json.dumps({"config": {"data": {"dataset": text, text: text}, "training": {"lr": text}},
+        (folder / "meta.json").write_text(json.dumps({"config": {"data": {"dataset": text, text: text},
+                                                                 "training": {"lr": text}},
                                                       "device": {"name": text, "type": text}, "note": text}))
         (folder / "notes.txt").write_bytes(text.encode("utf-8", "replace"))
         (folder / "train.log").write_bytes("\n".join(group).encode("utf-8", "surrogatepass"))
-        (folder / "samples.jsonl").write_text("".join(json.dumps({"step": 1, "prompt": each, "text": each}) + "\n" for each in group))
+        (folder / "samples.jsonl").write_text("".join(json.dumps({"step": 1, "prompt": each, "text": each}) + "\n"
+                                                      for each in group))
         (folder / "metrics.jsonl").write_text(json.dumps({"kind": text, "step": 1, "loss": text}) + "\n")
     async with empty.app().run_test(size=(100, 36)) as pilot:
         await shows(pilot, f"{len(groups)} runs")
@@ -646,7 +689,8 @@ def test_columns_keep_the_extremes_of_a_hundred_thousand_points():
     y[54_321] = 99.0
     reduced = columns(x, y, 0, 100_000, 160)
     for i, block in enumerate(np.split(y, 160)):
-        assert reduced.low[i] == block.min() and reduced.high[i] == block.max() and np.isclose(reduced.mean[i], block.mean())
+        assert reduced.low[i] == block.min() and reduced.high[i] == block.max()
+        assert np.isclose(reduced.mean[i], block.mean())
     assert reduced.high.max() == 99.0 and len(reduced.x) == 160
 
 
@@ -654,7 +698,7 @@ def test_smoothing_has_no_lag_and_ignores_what_is_not_a_number():
     x = np.arange(1000.0)
     y = 5 - x / 250
     y[::7] = np.nan
-    reduced = columns(x, y, 0, 1000, 100, smooth=0.04)
+    reduced = columns(x, y, 0, 1000, 100, smoothing=0.04)
     assert np.allclose(reduced.mean[15:-15], 5 - reduced.x[15:-15] / 250, atol=0.02)
     assert len(columns(x, np.full(1000, np.nan), 0, 1000, 100).x) == 0 and len(columns(x, x, 5, 5, 100).x) == 0
 
@@ -662,7 +706,8 @@ def test_smoothing_has_no_lag_and_ignores_what_is_not_a_number():
 def test_ticks_are_round_and_inside():
     for low, high in ((0, 1), (0, 347), (2.25, 6.93), (-3, 1e6), (5, 5 + 1e-9), (0, 1e-7)):
         found = ticks(low, high, 8)
-        assert 1 <= len(found) <= 10 and all(low - 1e-9 <= tick <= high * (1 + 1e-9) + 1e-9 for tick in found), (low, high, found)
+        assert 1 <= len(found) <= 10, (low, high, found)
+        assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) + 1e-9 for tick in found), (low, high, found)
 
 
 def test_braille_draws_the_line_from_the_first_to_the_last():
@@ -675,12 +720,13 @@ def test_braille_draws_the_line_from_the_first_to_the_last():
 
 def test_a_replayed_step_replaces_what_was_there():
     series = Series(TRAIN)
-    for step, loss in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (3, 3.5), (4, 2.0)): series.append({"step": step, "loss": loss})
+    for step, loss in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (3, 3.5), (4, 2.0)):
+        series.append({"step": step, "loss": loss})
     assert list(series["step"]) == [1, 2, 3, 4] and list(series["loss"]) == [5.0, 4.5, 3.5, 2.0]
 
 
 def test_a_mix_is_named_by_its_parts():
-    named = lambda dataset: dataset_of({"config": {"data": {"dataset": dataset}}})
+    def named(dataset): return dataset_of({"config": {"data": {"dataset": dataset}}})
     assert named([{"name": "a/wikitext", "weight": 1}, {"name": "/home/me/data/short.txt"}]) == "wikitext + short.txt"
     assert named("/home/me/texts/") == "texts" and named("/") == "/" and named([7]) == "?"
 
@@ -702,16 +748,19 @@ def test_memory_stays_flat_over_ten_hours_of_metrics(world):
     for _ in range(10):
         for _ in range(36_000):  # an hour at ten rows a second
             step += 1
-            curves.add({"kind": "train", "attempt": 1, "step": step, "time": step / 10, "loss": 7.0 if step == 5000 else 3.0,
-                        "lr": 1e-3, "grad_norm": 0.5, "tokens": step * 2048, "tokens_per_second": 8e3, "memory_bytes": 6e8})
-        held.append(sum(sys.getsizeof(values) for series in (curves.train, curves.val) for values in series.columns.values()))
+            curves.add({"kind": "train", "attempt": 1, "step": step, "time": step / 10, "loss": 7.0 if step == 5000
+                        else 3.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": step * 2048, "tokens_per_second": 8e3,
+                        "memory_bytes": 6e8})
+        held.append(sum(sys.getsizeof(values) for series in (curves.train, curves.val)
+                        for values in series.columns.values()))
     assert len(curves.train) <= 40_000 and max(held[2:]) <= 1.3 * max(held[:2])
     assert curves.train["step"][-1] == step and max(curves.train["loss"]) == 7.0
 
 
-def test_tail_gives_whole_lines_and_survives_a_cut(tmp_path):
+def test_a_follower_of_the_tail_gives_whole_lines_and_survives_a_cut(tmp_path):
     path = tmp_path / "log"
-    tail = Tail(path, start=10)
+    def follow(): return Follower(path, bytes, tail=10)
+    tail = follow()
     assert tail.poll() == []
     path.write_bytes(b"one\ntw")
     assert tail.poll() == [b"one"]
@@ -720,7 +769,7 @@ def test_tail_gives_whole_lines_and_survives_a_cut(tmp_path):
     path.write_bytes(b"new\n")
     assert tail.poll() == [b"new"]
     path.write_bytes(b"x" * 50 + b"\nend\n")
-    assert Tail(path, start=10).poll() == [b"end"]
+    assert follow().poll() == [b"end"]
 
 
 def test_finished_runs_are_not_read_again(world):
@@ -736,8 +785,9 @@ def test_a_million_lines_are_read_in_parts(world):
     reader = RunReader(run, world.space, lambda: NOW)
     reader.poll()
     with open(run.folder / "metrics.jsonl", "a") as file:
-        for step in range(1000, 61_000): file.write(f'{{"kind":"train","attempt":1,"step":{step},"time":{step},"loss":2.5}}\n')
-    while reader.curves.poll(): pass
+        for step in range(1000, 61_000):
+            file.write(f'{{"kind":"train","attempt":1,"step":{step},"time":{step},"loss":2.5}}\n')
+    while reader.curves.poll() or reader.curves.reading: pass
     assert reader.curves.train.last("step") == 60_999
 
 
@@ -764,16 +814,19 @@ async def test_no_color_and_ascii_show_the_same(world, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     async with world.app(ascii_only=True).run_test(size=(100, 30)) as pilot:
         await until(pilot, lambda: "* training" in text_of(pilot.app))
-        for key in ("enter", "2", "3", "4", "5", "6", "question_mark", "escape", "y", "escape", "x", "escape", "escape", "n", "ctrl+p"):
+        for key in ("enter", "2", "3", "4", "5", "6", "question_mark", "escape", "y", "escape", "x", "escape", "escape",
+                    "n", "ctrl+p"):
             await press(pilot, key)
             assert text_of(pilot.app).isascii(), key
-        colors = {segment.style.color.triplet for strip in pilot.app.screen._compositor.render_strips() for segment in strip
+        colors = {segment.style.color.triplet for strip in pilot.app.screen._compositor.render_strips()
+                  for segment in strip
                   if segment.style and segment.style.color and segment.style.color.triplet}
         assert all(max(color) - min(color) <= 1 for color in colors)
 
 
 @pytest.mark.parametrize("said, ascii_only", [({"LANG": "C"}, True), ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, True),
-                                              ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True), ({"LANG": "C.UTF-8"}, False),
+                                              ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True),
+                                              ({"LANG": "C.UTF-8"}, False),
                                               ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False),
                                               ({"LANG": "C", "LC_CTYPE": "en_US.UTF-8"}, False),
                                               ({"LANG": "C", "LLM_TRAINER_ASCII": "0"}, False)])
@@ -799,8 +852,12 @@ async def test_a_checkpoint_that_a_run_replaces_while_it_is_loaded_is_no_error(w
 
     async def ask(folder, wish):
         asked.append(folder.name)
-        if len(asked) == 1: shutil.rmtree(folder); yield {"error": f"{folder} does not exist"}
-        else: yield {"text": "a"}; yield {"tokens": 1, "seconds": 1, "finish": "length"}
+        if len(asked) == 1:
+            shutil.rmtree(folder)
+            yield {"error": f"{folder} does not exist"}
+        else:
+            yield {"text": "a"}
+            yield {"tokens": 1, "seconds": 1, "finish": "length"}
     async with world.app(RUNNING).run_test() as pilot:
         await shows(pilot, "step 213/347")
         await press(pilot, "g")
@@ -813,27 +870,31 @@ async def test_a_checkpoint_that_a_run_replaces_while_it_is_loaded_is_no_error(w
 
 # -- Pictures --
 
-WRITTEN = ("class is a new object with the name of the given module. If the default is not given, the value is returned "
-           "as a string, and the list of the names is sorted.\n\nThe method raises a TypeError if the first argument is not an "
+WRITTEN = ("class is a new object with the name of the given module. If the default is not given, the value is "
+           "returned "
+           "as a string, and the list of the names is sorted.\n\nThe method raises a TypeError if the first argument "
+           "is not an "
            "instance of the class.")
 
 
 def writes(screen) -> None:
     "What a child process answers, as it was recorded from a real one"
     screen.prompt = "The "
-    for answer in ({"ready": True, "device": "cpu"}, {"text": WRITTEN}, {"tokens": 93, "seconds": 0.27, "finish": "length"}):
+    for answer in ({"ready": True, "device": "cpu"}, {"text": WRITTEN},
+                   {"tokens": 93, "seconds": 0.27, "finish": "length"}):
         screen._answer(answer, "step-00000200", [])
 
 
-def picture(name: str, size: tuple[int, int] = (80, 24), keys: tuple[str, ...] = (), run: str | None = None, waits: str = "",
-            wants: str = "", recorded: bool = True, then=None):
+def picture(name: str, size: tuple[int, int] = (80, 24), keys: tuple[str, ...] = (), run: str | None = None,
+            waits: str = "", wants: str = "", recorded: bool = True, then=None):
     return pytest.param(size, keys, run, waits, wants, recorded, then, id=name)
 
 
 PICTURES = [
-    picture("runs", waits=RUNNING), picture("runs-wide", (120, 32), waits=RUNNING), picture("empty", waits="No run yet", recorded=False),
-    picture("narrow", (60, 20), waits=RUNNING),
-    picture("running", run=RUNNING, waits="validation"), picture("running-tall", (110, 40), run=RUNNING, waits="gradient norm"),
+    picture("runs", waits=RUNNING), picture("runs-wide", (120, 32), waits=RUNNING),
+    picture("empty", waits="No run yet", recorded=False), picture("narrow", (60, 20), waits=RUNNING),
+    picture("running", run=RUNNING, waits="validation"),
+    picture("running-tall", (110, 40), run=RUNNING, waits="gradient norm"),
     picture("finished", run=FINISHED, waits="validation"), picture("failed", run=FAILED, waits="oom:"),
     picture("crashed", run=CRASHED, waits="Its process is gone"),
     picture("rates", keys=("2",), run=RUNNING, waits="ETA 32s", wants="gradient norm"),
@@ -860,3 +921,74 @@ def test_picture(tmp_path, snap_compare, size, keys, run, waits, wants, recorded
         await settle(pilot)
     try: assert snap_compare(world.app(run), terminal_size=size, run_before=story)
     finally: world.close()
+
+
+# -- Small screens, quick hands, long logs --
+
+async def test_a_run_s_screen_opens_with_what_the_list_knew(world):
+    async with world.app().run_test() as pilot:
+        await shows(pilot, RUNNING)
+        await until(pilot, lambda: pilot.app.screen.target is not None)
+        known = next(row for row in pilot.app.screen.rows if row.id == RUNNING)
+        pilot.app.open_run(RUNNING)
+        assert pilot.app.screen.row == known  # before anything was read again
+        await until(pilot, lambda: pilot.app.screen.query("#plot") and "training" in text_of(pilot.app))
+
+
+async def test_undo_brings_the_profile_s_value_back_into_its_field(world):
+    async with world.app().run_test(size=(110, 40)) as pilot:
+        await shows(pilot, RUNNING)
+        await press(pilot, "n")
+        await until(pilot, lambda: any(field.id for field in pilot.app.screen.query(Input)))
+        await until(pilot, lambda: len(pilot.app.screen.query("Field")) > 3)
+        field = next(field for field in pilot.app.screen.query("Field") if field.input.value)
+        before = field.input.value
+        field.input.focus()
+        await press(pilot, "end", "7")
+        assert field.input.value == before + "7"
+        await press(pilot, "ctrl+u")
+        assert field.input.value == before
+
+
+async def test_a_low_window_shows_a_run(world):
+    async with world.app().run_test(size=(40, 10)) as pilot:
+        await shows(pilot, RUNNING)
+
+
+async def test_the_log_is_searched(world):
+    async with world.app().run_test(size=(100, 30)) as pilot:
+        await shows(pilot, RUNNING)
+        pilot.app.open_run(RUNNING)
+        await press(pilot, "4")
+        log = pilot.app.screen.query_one("#log")
+        await until(pilot, lambda: len(log.texts) > 5)
+        await press(pilot, "slash", *"saved")
+        await until(pilot, lambda: "of " in text_of(pilot.app) and log.wanted == "saved")
+        assert 0 < len(log.lines) < len(log.texts) and all("saved" in line.text for line in log.lines)
+        await press(pilot, "escape")
+        await until(pilot, lambda: log.wanted == "" and len(log.lines) >= len(log.texts))
+        assert pilot.app.screen.run_id == RUNNING
+
+
+def test_long_names_keep_the_end_that_tells_them_apart():
+    from llm_trainer.tui.glyphs import name
+    long = [f"sweep-over-the-learning-rate-{i}" for i in (1, 2)]
+    assert name(long[0], 16) != name(long[1], 16) and all(len(name(text, 16)) == 16 for text in long)
+    assert name("owl", 16) == "owl"
+
+
+async def test_compare_draws_bits_per_byte_where_tokenizers_differ_and_warns_of_losses(world):
+    path = world.space.runs / STOPPED / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_hash": "another"}))
+    async with world.app().run_test(size=(110, 34)) as pilot:
+        await shows(pilot, RUNNING)
+        from llm_trainer.tui.screens.compare import CompareScreen
+        pilot.app.push_screen(CompareScreen([FINISHED, STOPPED]))
+        await until(pilot, lambda: "bits per byte" in text_of(pilot.app)
+                    and len(pilot.app.screen.query_one(Plot).curves) == 4)
+        val = Curves(Run(world.space.runs / FINISHED))
+        val.poll()
+        assert any(len(curve.y) and curve.y[-1] == val.val.last("bits_per_byte")
+                   for curve in pilot.app.screen.query_one(Plot).curves)
+        await press(pilot, "b")
+        await until(pilot, lambda: "their tokenizers differ" in text_of(pilot.app))

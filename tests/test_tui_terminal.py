@@ -1,4 +1,4 @@
-"""The watcher with real processes: a run that trains while it is watched, and a terminal whose every byte is counted."""
+"""The watcher with real processes: a run that trains while it is watched, a terminal whose every byte is counted."""
 from __future__ import annotations
 
 import json
@@ -15,8 +15,8 @@ import pytest
 from textual.widgets import Input, Select
 from tui_world import CONTROL, LIMIT, RUNNING, World, press, shows, text_of, told, until
 
-from llm_trainer import launch
-from llm_trainer.runs import Run
+from llm_trainer.runs import launch
+from llm_trainer.runs.run import Run
 
 SLOW = 300.0  # seconds for what processes do that load torch and train, on two cores that others use as well
 
@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 async def test_start_watch_resume_stop_and_generate(tmp_path, run):
-    """Someone starts a model from the form, sees it finish, trains on, sees the numbers move, stops it, writes with it."""
+    """Someone starts a model from the form, sees it finish, trains on, sees numbers move, stops it, writes with it."""
     world = World(tmp_path, recorded=False)
     app = world.app(clock=time.time, interval=0.2)
     async with app.run_test(size=(100, 30)) as pilot:
@@ -93,7 +93,8 @@ async def test_start_watch_resume_stop_and_generate(tmp_path, run):
     assert child.returncode is not None
 
 
-SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\]22;[a-z-]*\x07")  # Textual's own: CSI, and the shape of the pointer
+# Textual's own: CSI, and the shape of the pointer
+SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\]22;[a-z-]*\x07")
 EVIL = "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x9b2J\u202e\x08[/][bold]owned[/]"
 
 
@@ -114,8 +115,8 @@ class Feeder(threading.Thread):
             (self.folder / ".next").write_text(json.dumps(self.state))
             os.replace(self.folder / ".next", self.folder / "state.json")
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"kind": "train", "attempt": 1, "step": step, "time": time.time(), "loss": 2 + 50 / step,
-                                       "lr": 1e-3, "tokens": step * 2048}) + "\n")
+                file.write(json.dumps({"kind": "train", "attempt": 1, "step": step, "time": time.time(), "loss": 2 + 50
+                                       / step, "lr": 1e-3, "tokens": step * 2048}) + "\n")
             with open(self.folder / "train.log", "a") as file: file.write(f"step {step} {EVIL}\n")
             with open(self.folder / "samples.jsonl", "a") as file:
                 if step % 4 == 0: file.write(json.dumps({"step": step, "prompt": "x", "text": EVIL * 3}) + "\n")
@@ -133,7 +134,7 @@ def test_bytes_on_a_slow_line_and_no_sequence_from_data(tmp_path):
     code = f"import sys; from llm_trainer.tui.app import watch; sys.exit(watch({str(world.space.root)!r}))"
     shell = f'while [ ! -e {go} ]; do sleep 0.1; done; COLORTERM=truecolor exec {sys.executable} -c "{code}"'
     socket = f"llm-trainer-test-{os.getpid()}"
-    seen = lambda: tmux(socket, "capture-pane", "-p")
+    def seen(): return tmux(socket, "capture-pane", "-p")
 
     def wait(*parts: str) -> None:
         end = time.monotonic() + LIMIT

@@ -1,6 +1,6 @@
 """The world of the watcher's tests: copies of the recorded runs, a frozen clock, and what a screen shows as text.
 
-Nothing here takes a pause for an event: a loaded machine is late, so everything is waited for, with a generous limit."""
+Nothing here sleeps and hopes: a loaded machine is late, so everything is waited for, with a generous limit."""
 from __future__ import annotations
 
 import asyncio
@@ -16,8 +16,9 @@ from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
 
 from llm_trainer import workspace
-from llm_trainer.host import Lock
-from llm_trainer.runs import Run
+from llm_trainer.system.locks import Lock
+from llm_trainer.events import silent
+from llm_trainer.runs.run import Run
 from llm_trainer.tui.app import WatchApp, make_app
 from llm_trainer.workspace import Workspace
 
@@ -40,7 +41,9 @@ class World:
         self.locks: list[Lock] = []
         if recorded:
             shutil.copytree(FIXTURES / "runs", self.space.runs, dirs_exist_ok=True)
-            for folder in self.space.runs.iterdir(): (folder / "lock").touch(); (folder / "control" / ".keep").unlink()
+            for folder in self.space.runs.iterdir():
+                (folder / "lock").touch()
+                (folder / "control" / ".keep").unlink()
             self.hold(RUNNING)
             if checkpoints:
                 self.save(RUNNING, {100: 3.6, 150: 3.2, 200: 2.98})
@@ -54,15 +57,16 @@ class World:
 
     def save(self, name: str, losses: dict[int, float]) -> None:
         "Checkpoints with small weights and the record of training that a resume is planned by"
-        from llm_trainer.checkpoint import Checkpoints
+        from llm_trainer.training.checkpoint import Checkpoints
         run = Run(self.space.runs / name)
         config, (attempt,) = run.config(), run.attempts()
         train, steps = config["training"], attempt["target_steps"]
         batch = train["batch_size"] * train["grad_accum_steps"]
-        record = {"format_version": 1, "config": config, "target_position": steps * batch, "target_step": steps, "schedule": {
+        record = {"format_version": 1, "config": config, "target_position": steps * batch, "target_step": steps,
+                  "schedule": {
             "kind": train["schedule"], "total": steps, "peak_lr": train["lr"], "warmup": train["warmup_steps"],
             "min_ratio": train["min_lr"] / train["lr"], "decay_fraction": train["decay_fraction"], "before": None}}
-        store = Checkpoints(self.space.checkpoints / name, name, keep=0, notify=lambda text: None)
+        store = Checkpoints(self.space.checkpoints / name, name, keep=0, emit=silent)
 
         def write(folder: Path, step: int) -> None:
             (folder / "model.safetensors").write_bytes(bytes(8_000))
@@ -107,7 +111,8 @@ async def press(pilot: Pilot, *keys: str) -> None:
     "Type like somebody who looks: a screen that a key opens is there, and has the focus, before the next key"
     for key in keys:
         await pilot.press(key)
-        await until(pilot, lambda: (screen := pilot.app.screen).is_mounted and (screen.focused or not screen.focus_chain))
+        await until(pilot, lambda: (screen := pilot.app.screen).is_mounted
+                    and (screen.focused or not screen.focus_chain))
 
 
 async def settle(pilot: Pilot) -> None:
@@ -126,4 +131,5 @@ async def settle(pilot: Pilot) -> None:
 
 async def told(pilot: Pilot, *parts: str) -> None:
     "Wait for a notice that holds all parts"
-    await until(pilot, lambda: any(all(part in f"{note.title} {note.message}" for part in parts) for note in pilot.app._notifications))
+    await until(pilot, lambda: any(all(part in f"{note.title} {note.message}" for part in parts)
+                                   for note in pilot.app._notifications))

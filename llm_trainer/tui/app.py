@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from textual import events
 from textual.app import App, SystemCommand
 from textual.binding import Binding
 from textual.screen import Screen
@@ -16,6 +17,7 @@ from textual.theme import Theme
 from llm_trainer import workspace as workspaces
 from llm_trainer.tui.generator import Generator
 from llm_trainer.tui.glyphs import Border, line
+from llm_trainer.tui.type_ahead import TypeAhead
 from llm_trainer.workspace import Workspace
 
 NIGHT = Theme(
@@ -32,7 +34,8 @@ def wants_ascii() -> bool:
     "True where the terminal can't show more: asked for, another encoding than UTF-8, or the plain Linux console"
     if (wish := os.environ.get("LLM_TRAINER_ASCII")) is not None: return wish not in ("", "0")
     every, letters, rest = (os.environ.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG"))
-    if letters in ("C.UTF-8", "C.utf8", "UTF-8") and rest in ("C", "POSIX"): letters = ""  # Python's own doing, not the user's
+    if letters in ("C.UTF-8", "C.utf8", "UTF-8") and rest in ("C", "POSIX"):
+        letters = ""  # Python's own doing, not the user's
     if (every or letters or rest) in ("C", "POSIX"): return True
     encoding = (getattr(sys.__stdout__, "encoding", None) or "utf-8").lower()
     return "utf" not in encoding or os.environ.get("TERM") == "linux"
@@ -41,7 +44,9 @@ def wants_ascii() -> bool:
 def _to_tmux(text: str) -> None:
     "`-w` passes it on to the outer terminal; tmux before 3.2 knows only the buffer"
     for flags in (["-w"], []):
-        try: done = subprocess.run(["tmux", "load-buffer", *flags, "-"], input=text.encode(), capture_output=True, timeout=5)
+        try:
+            done = subprocess.run(["tmux", "load-buffer", *flags, "-"], input=text.encode(), capture_output=True,
+                                  timeout=5)
         except (OSError, subprocess.TimeoutExpired): return
         if done.returncode == 0: return
 
@@ -57,10 +62,11 @@ class WatchApp(App[None]):
         Binding("f1", "help", "Help", key_display="F1", tooltip="Keys and signs of this screen"),
         Binding("ctrl+p", "command_palette", "All", key_display="^p", tooltip="Every action, by name", priority=True),
         Binding("q", "quit", "Quit (training goes on)", tooltip="Close the watcher; no run stops"),
-        Binding("ctrl+q", "quit", "Quit (training goes on)", key_display="^q", tooltip="Close the watcher; no run stops",
-                priority=True),
+        Binding("ctrl+q", "quit", "Quit (training goes on)", key_display="^q",
+                tooltip="Close the watcher; no run stops", priority=True),
         # before the key that follows: over a slow line both come at once, and that one would go to the old field
-        Binding("tab", "focus_next", show=False, priority=True), Binding("shift+tab", "focus_previous", show=False, priority=True)]
+        Binding("tab", "focus_next", show=False, priority=True),
+        Binding("shift+tab", "focus_previous", show=False, priority=True)]
 
     def __init__(self, workspace: Workspace, run: str | None = None, *, clock: Callable[[], float] = time.time,
                  interval: float = 0.5, ascii_only: bool | None = None):
@@ -68,9 +74,11 @@ class WatchApp(App[None]):
         self.workspace, self.first_run, self.clock, self.interval = workspace, run, clock, interval
         self.border = Border(wants_ascii() if ascii_only is None else ascii_only)
         self.generator = Generator(workspace)
+        self.typed = TypeAhead(self, super().on_event)
         for theme in (NIGHT, PAPER): self.register_theme(theme)
         if "TEXTUAL_THEME" not in os.environ: self.theme = "night"
-        if "TEXTUAL_ANIMATIONS" not in os.environ: self.animation_level = "none"  # frames between frames fill a slow line
+        if "TEXTUAL_ANIMATIONS" not in os.environ:
+            self.animation_level = "none"  # frames between frames fill a slow line
 
     def get_line_filters(self) -> list: return [self.border, *super().get_line_filters()]
 
@@ -81,10 +89,18 @@ class WatchApp(App[None]):
 
     def open_run(self, run_id: str) -> None:
         "Show one run; the plotting code is loaded here, not before"
+        from llm_trainer.runs.run import Run
+        from llm_trainer.tui.readers import row_of
         from llm_trainer.tui.screens.run import RunScreen
-        self.push_screen(RunScreen(run_id))
+        rows = (row for screen in self.screen_stack for row in getattr(screen, "rows", ()))
+        known = next((row for row in rows if row.id == run_id), None)
+        self.push_screen(RunScreen(known or row_of(Run(self.workspace.runs / run_id), self.clock())))
 
-    def action_press(self, key: str) -> None: self.simulate_key(key)
+    async def on_event(self, event: events.Event) -> None:
+        if isinstance(event, events.Key | events.Paste) and not event.is_forwarded: self.typed.put(event)
+        else: await super().on_event(event)
+
+    def action_press(self, key: str) -> None: self.typed.put(events.Key(key, None), first=True)
 
     def action_help(self) -> None:
         from llm_trainer.tui.screens.dialogs import HelpScreen
@@ -106,7 +122,8 @@ class WatchApp(App[None]):
         seen = set()
         for node, binding, enabled, tooltip in screen.active_bindings.values():
             if not enabled or binding.system or not binding.description or binding.action in seen: continue
-            if binding.action in ("command_palette", "app.command_palette") or not (binding.show or binding.tooltip): continue
+            if binding.action in ("command_palette", "app.command_palette") or not (binding.show or binding.tooltip):
+                continue
             seen.add(binding.action)
             key = self.get_key_display(binding)
             yield SystemCommand(f"{binding.description}  [{key}]".replace("[", "(").replace("]", ")"),
@@ -115,7 +132,9 @@ class WatchApp(App[None]):
         yield SystemCommand("Theme", "Choose the colours", self.action_change_theme)
         yield SystemCommand("Picture", "Save this screen as SVG", lambda: self.set_timer(0.1, self.deliver_screenshot))
 
-    async def on_unmount(self) -> None: await self.generator.close()
+    async def on_unmount(self) -> None:
+        self.typed.close()
+        await self.generator.close()
 
 
 def make_app(workspace: Workspace | Path | str | None = None, run: str | None = None, **options) -> WatchApp:
@@ -126,12 +145,14 @@ def make_app(workspace: Workspace | Path | str | None = None, run: str | None = 
 
 def watch(workspace: Workspace | Path | str | None = None, run: str | None = None) -> int:
     "Run the watcher until the user leaves; says where the runs are and which go on. Returns the exit code"
-    from llm_trainer.runs import find_run
+    from llm_trainer.runs.run import find_run
     from llm_trainer.tui.readers import Overview
     app = make_app(workspace)
     if run is not None: app.first_run = find_run(app.workspace.runs, run).id
     app.run()
     live = [row.id for row in Overview(app.workspace, app.clock).poll() if row.live]
     print(f"Runs: {app.workspace.runs}")
-    if live: print(f"Training goes on: {', '.join(live[:3])}{' …' if len(live) > 3 else ''}\nBack to it: llm-trainer watch {live[0]}")
+    if live:
+        print(f"Training goes on: {', '.join(live[:3])}{' …' if len(live) > 3 else ''}")
+        print(f"Back to it: llm-trainer watch {live[0]}")
     return app.return_code or 0

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.launch import environment
+from llm_trainer.runs.launch import environment
 from llm_trainer.workspace import Workspace
 
 LINE = 1 << 22  # bytes of one answer at most
@@ -34,8 +34,8 @@ class Generator:
         await self.close()
         pipe = asyncio.subprocess.PIPE
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "llm_trainer.generate_server", str(folder), stdin=pipe, stdout=pipe, stderr=pipe,
-            cwd=self.workspace.root, limit=LINE, start_new_session=True, env=environment(self.workspace))
+            sys.executable, "-P", "-m", "llm_trainer.generation.child", str(folder), stdin=pipe, stdout=pipe,
+            stderr=pipe, cwd=self.workspace.root, limit=LINE, start_new_session=True, env=environment(self.workspace))
         self.folder, self._errors = folder, b""
         self._listener = asyncio.create_task(self._listen(self.process))
 

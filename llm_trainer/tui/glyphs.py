@@ -1,4 +1,4 @@
-"""How things look in a terminal: a sign, word and colour per state, bars and braille lines, and their ASCII twins."""
+"""How things look in a terminal: bars and braille lines, and their ASCII twins."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,24 +11,19 @@ from textual.filter import LineFilter
 
 from llm_trainer.terminal import clean
 
-# state: (sign, theme colour); the word is the state's own name, or the phase of a running one
-STATES: dict[str, tuple[str, str]] = {
-    "running": ("●", "success"), "queued": ("○", "primary"), "completed": ("✓", "secondary"),
-    "stopped": ("■", "warning"), "stalled": ("‖", "warning"), "failed": ("✗", "error"),
-    "diverged": ("∞", "error"), "crashed": ("!", "error"), "unreadable": ("?", "error")}
-LIVE = ("running", "queued", "stalled")
-MEANING = {
-    "running": "a process is training (the word is its phase)", "queued": "waits for the device",
-    "completed": "reached its target", "stopped": "ended on request, resumable",
-    "stalled": "alive, but no progress for a while", "failed": "ended with an error, see its reason",
-    "diverged": "the loss stopped being a number", "crashed": "its process is gone without a word; resume it",
-    "unreadable": "its folder can't be read"}
-
 
 def line(text: object, width: int = 0) -> str:
     "Text from a run as one clean line, cut to `width` cells with an ellipsis"
     text = " ".join(clean("" if text is None else str(text), keep="").split())
     return text if not width or len(text) <= width else text[:max(0, width - 1)] + "…"
+
+
+def name(text: object, width: int) -> str:
+    "A name cut to `width` cells in its middle: what tells names apart is often at their end"
+    text = line(text)
+    if len(text) <= width or width < 4: return line(text, width)
+    end = (width - 1) // 2
+    return f"{text[:width - 1 - end]}…{text[-end:]}"
 
 
 def bar(fraction: float | None, width: int) -> tuple[str, str]:
@@ -37,12 +32,6 @@ def bar(fraction: float | None, width: int) -> tuple[str, str]:
     halves = round(min(1.0, max(0.0, fraction)) * width * 2)
     done = "━" * (halves // 2) + ("╸" if halves % 2 else "")
     return done, "─" * (width - len(done))
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    "A loss or a like figure: fixed digits where they fit, powers of ten elsewhere, a dash where unknown"
-    if value is None or value != value: return "–"
-    return f"{value:.{digits}f}" if 10 ** -digits <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
 
 
 def steps(n: float | None) -> str: return "–" if n is None else f"{int(n):,}"
@@ -58,7 +47,7 @@ def braille(values: Sequence[float | None], width: int, height: int = 1, floor: 
     if len(points) < 2: return [" " * width] * height
     low, high = min(points) if floor is None else floor, max(points)
     rows, columns = 4 * height, 2 * width
-    level = lambda v: rows - 1 - round((v - low) / ((high - low) or 1) * (rows - 1)) if high > low else rows // 2
+    def level(v): return rows - 1 - round((v - low) / ((high - low) or 1) * (rows - 1)) if high > low else rows // 2
     grid, before = [[0] * width for _ in range(height)], None
     for x in range(columns):
         y = level(points[round(x * (len(points) - 1) / (columns - 1))])

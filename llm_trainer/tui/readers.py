@@ -2,19 +2,18 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.records import log_line, open_regular, parse
-from llm_trainer.runs import RUN_ID, Run, is_run
+from llm_trainer.system.files import Follower, log_line
+from llm_trainer.runs.run import RUN_ID, Run, is_run
+from llm_trainer.events import silent
 from llm_trainer.terminal import clean
-from llm_trainer.tui.glyphs import LIVE, STATES, line
-from llm_trainer.tui.series import TRAIN, VAL, Clock, Series
+from llm_trainer.tui.glyphs import line
+from llm_trainer.runs.state import LIVE, STATES, look_of
 from llm_trainer.workspace import Workspace
 
 PROBES = 200  # how many finished runs are looked at again per poll
@@ -24,7 +23,7 @@ PROBES = 200  # how many finished runs are looked at again per poll
 class RunRow:
     """What the screens show of one run; equal rows look the same, so they need no repaint."""
     id: str
-    status: str = "unreadable"
+    status: str = "unknown"
     phase: str = ""
     created: float = 0.0
     age: str = ""
@@ -60,10 +59,10 @@ class RunRow:
     def word(self) -> str: return (self.phase or "running") if self.status == "running" else self.status
 
     @property
-    def sign(self) -> str: return STATES[self.status][0]
+    def sign(self) -> str: return look_of(self.status).sign
 
     @property
-    def color(self) -> str: return STATES[self.status][1]
+    def color(self) -> str: return look_of(self.status).colour
 
     @property
     def fraction(self) -> float | None:
@@ -74,7 +73,7 @@ class RunRow:
     def command(self) -> str:
         "What to type next about this run"
         verb = {"running": "status", "stalled": "logs", "queued": "status", "completed": "generate",
-                "unreadable": "status", "diverged": "logs"}.get(self.status, "resume")
+                "unknown": "status", "diverged": "logs"}.get(self.status, "resume")
         return f"llm-trainer {verb} {self.id}" + (' --prompt "The "' if verb == "generate" else "")
 
 
@@ -131,28 +130,28 @@ def is_closed(folder: Path) -> bool:
 def row_of(run: Run, now: float) -> RunRow:
     "Read one run; whatever is wrong with its folder ends up in the row, never as an exception"
     name = line(run.id, 64)
-    if is_closed(run.folder): return RunRow(name, reason=f"No permission to read {line(run.folder, 200)}.", code="unreadable")
+    if is_closed(run.folder):
+        return RunRow(name, reason=f"No permission to read {line(run.folder, 200)}.", code="unreadable")
     try: state, meta, note = run.status(wall=now), run.meta, run.notes()
     except Exception as problem:  # a viewer outlives any folder
         return RunRow(name, reason=line(f"{type(problem).__name__}: {problem}", 300), code="unreadable")
-    status = state["status"] if state["status"] in STATES else "unreadable"
-    reason, device = _dict(state.get("reason")), _dict(meta.get("device"))
-    if state["stored_status"] is None: reason = {"code": "unreadable", "message": "state.json is missing or damaged"}
-    if status == "queued" and state["waiting_for"]:
-        reason = {"message": f"waits for {', '.join(map(str, state['waiting_for'][:3]))}"}
-    created = seconds(state["created_at"] or meta.get("created_at"))
-    kind = state.get("device") or device.get("type") or ""
-    points = state["loss_history"]
+    status = state.status if state.status in STATES else "unknown"
+    reason, device = _dict(state.reason), _dict(meta.get("device"))
+    if state.stored_status is None: reason = {"code": "unreadable", "message": "state.json is missing or damaged"}
+    if status == "queued" and state.waiting_for:
+        reason = {"message": f"waits for {', '.join(map(str, state.waiting_for[:3]))}"}
+    created = seconds(state.created_at or meta.get("created_at"))
+    kind = state.device or device.get("type") or ""
     return RunRow(
-        name, status, line(state.get("phase"), 12), created, age(created, now),
-        _number(state.get("epoch")), _number(state.get("epochs")), _whole(state.get("step")), _whole(state.get("steps")),
-        _number(state.get("loss")), _number(state.get("val_loss")), _number(state.get("best_val_loss")),
-        _number(state.get("tokens_per_second")), _number(state.get("eta_seconds")) if status in LIVE else None,
-        _number(state.get("elapsed_seconds")), _number(state.get("tokens")), _number(state.get("memory_bytes")),
-        _whole(state.get("checkpoint_step")), _whole(state.get("attempt")), _whole(state.get("pid")),
-        line(kind, 12), line(device.get("name"), 40), dataset_of(meta), line(note, 80),
-        _number(meta.get("parameters")), line(reason.get("message"), 400), line(reason.get("code"), 30),
-        tuple(p for p in map(_number, points[-60:]) if p is not None), _doing(state["progress"]) if status in LIVE else "")
+        id=name, status=status, phase=line(state.phase, 12), created=created, age=age(created, now),
+        epoch=state.epoch, epochs=state.epochs, step=state.step, steps=state.steps,
+        loss=state.loss, val_loss=state.val_loss, best=state.best_val_loss, history=tuple(state.loss_history[-60:]),
+        rate=state.tokens_per_second, eta=state.eta_seconds if status in LIVE else None, elapsed=state.elapsed_seconds,
+        tokens=state.tokens, memory=state.memory_bytes, checkpoint=state.checkpoint_step, attempt=state.attempt,
+        pid=state.pid,
+        device=line(kind, 12), device_name=line(device.get("name"), 40), dataset=dataset_of(meta), note=line(note, 80),
+        parameters=_number(meta.get("parameters")), reason=line(reason.get("message"), 400),
+        code=line(reason.get("code"), 30), doing=_doing(state.progress) if status in LIVE else "")
 
 
 def _doing(progress: dict | None) -> str:
@@ -179,12 +178,14 @@ class Overview:
         if len(finished) > PROBES:
             again = {finished[(self._next + i) % len(finished)] for i in range(PROBES)}
             self._next = (self._next + PROBES) % len(finished)
-        for gone in self.rows.keys() - {run.id for run in runs}: del self.rows[gone]; self._seen.pop(gone, None)
+        for gone in self.rows.keys() - {run.id for run in runs}:
+            del self.rows[gone]
+            self._seen.pop(gone, None)
         for run in runs:
             row = self.rows.get(run.id)
             if row and not row.live and run.id not in again: continue
             mark = self._mark(run)
-            if row and not row.live and row.status != "unreadable" and mark == self._seen.get(run.id):
+            if row and not row.live and row.status != "unknown" and mark == self._seen.get(run.id):
                 fresh = age(row.created, now)
                 if fresh != row.age: self.rows[run.id] = replace(row, age=fresh)
                 continue
@@ -195,7 +196,8 @@ class Overview:
         runs = self.workspace.runs
         try: names = os.listdir(runs)
         except FileNotFoundError: return []
-        return [Run(runs / name) for name in names if name in self.rows or is_run(runs / name) or is_closed(runs / name)]
+        return [Run(runs / name) for name in names if name in self.rows or is_run(runs / name)
+                or is_closed(runs / name)]
 
     @staticmethod
     def _mark(run: Run) -> tuple:
@@ -205,29 +207,10 @@ class Overview:
         except OSError: return ()
 
 
-class Tail:
-    """New whole lines of a growing file; starts near its end, and at its start again when it was cut."""
-
-    def __init__(self, path: Path, start: int = 65536, most: int = 262144):
-        self.path, self.start, self.most = path, start, most
-        self.place: int | None = None
-        self.rest = b""
-
-    def poll(self) -> list[bytes]:
-        try:
-            with open_regular(self.path) as file:
-                size = file.seek(0, os.SEEK_END)
-                if self.place is None and size > self.start:
-                    file.seek(size - self.start)
-                    self.place = size - self.start + len(file.readline(self.start))
-                if self.place is None or size < self.place: self.place, self.rest = 0, b""
-                file.seek(self.place)
-                data = file.read(self.most)
-        except OSError: return []
-        self.place += len(data)
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        if len(self.rest) > self.most: self.rest = b""
-        return lines
+def epochs(row: RunRow) -> str:
+    "`2.1/3`: the epochs read, and those asked for"
+    if row.epoch is None: return "–"
+    return f"{row.epoch:.1f}" + (f"/{round(row.epochs, 2):g}" if row.epochs else "")
 
 
 @dataclass(frozen=True)
@@ -259,37 +242,15 @@ class RunNews:
     gone: bool = False
 
 
-class Curves:
-    """The metrics of one run as two series, fed by its follower."""
-
-    def __init__(self, run: Run, limit: int = 100_000):
-        self.train, self.val, self.lock = Series(TRAIN, limit), Series(VAL, limit), threading.Lock()
-        self._follower, self._clock = run.follow(), Clock()
-
-    @property
-    def version(self) -> int: return self.train.version + self.val.version
-
-    def poll(self) -> bool:
-        "Take in the new rows; False when there were none"
-        before, until = self.version, time.monotonic() + 1
-        while rows := self._follower.poll():
-            with self.lock:
-                for row in rows: self.add(row)
-            if time.monotonic() > until: break
-        return self.version != before
-
-    def add(self, row: dict[str, Any]) -> None:
-        series = {"train": self.train, "val": self.val}.get(row.get("kind"))
-        if series is not None: series.append({**row, "time": self._clock(row)})
-
-
 class RunReader:
     """One run, followed: state, curves, samples, log and checkpoints."""
 
     def __init__(self, run: Run, workspace: Workspace, clock: Callable[[], float]):
+        from llm_trainer.runs.curves import Curves  # loads numpy, which the list of runs needs not
         self.run, self.clock, self.folder = run, clock, workspace.checkpoints / run.id
         self.curves = Curves(run)
-        self._samples, self._log = Tail(run.folder / "samples.jsonl", 1 << 20), Tail(run.folder / "train.log")
+        self._samples = Follower(run.folder / "samples.jsonl", tail=1 << 20)
+        self._log = Follower(run.folder / "train.log", log_line, limit=1 << 18, tail=1 << 16)
         self._sizes: dict[int, int] = {}
         self._known = RunRow(line(run.id, 64))
 
@@ -300,18 +261,17 @@ class RunReader:
         row = row_of(self.run, self.clock())
         if row.code != "unreadable": self._known = row
         return RunNews(row, list(self._read_samples()),
-                       [log_line(text).expandtabs(4) for text in self._log.poll()], self.checkpoints())
+                       [text.expandtabs(4) for text in self._log.poll()], self.checkpoints())
 
     def _read_samples(self) -> Iterator[Sample]:
-        for text in self._samples.poll():
-            if record := parse(text):
-                yield Sample(_whole(record.get("step")) or 0, clean(str(record.get("prompt") or "")),
-                             clean(str(record.get("text") or "")))
+        for record in self._samples.poll():
+            yield Sample(_whole(record.get("step")) or 0, clean(str(record.get("prompt") or "")),
+                         clean(str(record.get("text") or "")))
 
     def checkpoints(self) -> tuple[CheckpointRow, ...]:
         "The saved steps, newest first, as index.json tells them; folders it doesn't know come without details"
-        from llm_trainer.checkpoint import Checkpoints
-        try: index = Checkpoints(self.folder, self.run.id, notify=lambda message: None).index()
+        from llm_trainer.training.checkpoint import Checkpoints
+        try: index = Checkpoints(self.folder, self.run.id, emit=silent).index()
         except Exception: return ()
         now, found = self.clock(), []
         for step, entry in sorted(index.items(), reverse=True):

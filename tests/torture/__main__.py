@@ -16,7 +16,8 @@ def seconds(text: str) -> float:
 
 parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
 parser.add_argument("--budget", type=seconds, default="90m", help="how long: 90m, 2h, 300s")
-parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes at once (default: one a core, at most 4)")
+parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1),
+                    help="processes at once (default: one a core, at most 4)")
 parser.add_argument("--only", help="ids, separated by commas: T1,T4")
 parser.add_argument("--list", action="store_true", help="name the tests and end")
 parser.add_argument("--report", action="store_true", help="write RELIABILITY.md from the ledger and end")
@@ -31,6 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ledger, failed = battery.Ledger(), 0
 try:
     if args.again: failed = battery.again(args.again, args.why, ledger)
-    elif not args.report: failed = battery.spend(args.budget, ledger, set(args.only.split(",")) if args.only else None, args.jobs)
+    elif not args.report:
+        failed = battery.spend(args.budget, ledger, set(args.only.split(",")) if args.only else None, args.jobs)
 finally: (battery.ROOT / "RELIABILITY.md").write_text(battery.report(ledger))
 sys.exit(bool(failed))

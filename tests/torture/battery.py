@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = Path(__file__).with_name("ledger.json")
-ROOMS = ("store", "hostile", "words", "lives", "liveness", "shells", "golden")
+ROOMS = ("store", "hostile", "words", "lives", "liveness", "shells", "golden", "knobs", "strangers", "teams")
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,10 @@ class Ledger:
     def add(self, id: str, version: str, chunk: Chunk) -> None:
         "Note a chunk"
         row = self.row(id, version)
-        row.update(n=row["n"] + chunk.n, seconds=round(row["seconds"] + chunk.seconds, 1), failures=row["failures"] + chunk.failures,
-                   struck=dict(Counter(row["struck"]) + chunk.struck), commit=_git("rev-parse", "--short=10", "HEAD"), date=_today())
+        row.update(n=row["n"] + chunk.n, seconds=round(row["seconds"] + chunk.seconds, 1),
+                   failures=row["failures"] + chunk.failures,
+                   struck=dict(Counter(row["struck"]) + chunk.struck), commit=_git("rev-parse", "--short=10", "HEAD"),
+                   date=_today())
         self.save()
 
     def settle(self, id: str, version: str, failure: str, why: str) -> None:
@@ -170,12 +172,13 @@ def spend(budget: float, ledger: Ledger, only: set[str] | None = None, jobs: int
                 ledger.add(t.id, version, chunk)
                 failed += len(chunk.failures)
                 for line in chunk.failures: say(f"{t.id} FAILED {line}")
-                say(f"{t.id:10} {ledger.row(t.id, version)['n']:>6,} of {t.goal:<6,} +{chunk.n} in {chunk.seconds:.0f} s, "
+                n = ledger.row(t.id, version)["n"]
+                say(f"{t.id:10} {n:>6,} of {t.goal:<6,} +{chunk.n} in {chunk.seconds:.0f} s, "
                     f"{len(chunk.failures)} failed", flush=True)
 
 
 def again(id: str, why: str, ledger: Ledger, say=print) -> int:
-    "Run each failed case of a test again, with those that follow it; what passes now is settled. Gives what still fails"
+    "Run each failed case of a test again, with those after it; what passes now is settled. Gives what still fails"
     (t,) = (t for t in trials() if t.id == id)
     for version, row in ledger.rows(id).items():
         for failure in list(row["failures"]):
@@ -189,14 +192,14 @@ def report(ledger: Ledger) -> str:
     "RELIABILITY.md"
     version, all_trials = code_version(), trials()
     here = {t.id: ledger.row(t.id, version) for t in all_trials}
-    minutes = lambda rows: sum(row["seconds"] for row in rows) / 60
+    def minutes(rows): return sum(row["seconds"] for row in rows) / 60
     ever = minutes(row for tests in ledger.versions.values() for row in tests.values())
     commits = sorted({row["commit"] for row in here.values() if row["commit"]})
     lines = [
         "# Reliability", "",
         "Written by `make torture`; not edited by hand. Each line is a test of `tests/torture/`: so many cases of",
-        "trouble, so many broken promises. With 0 failures in N cases the true rate is below 3/N at 95 % confidence.", "",
-        f"- Date: {max(row['date'] for row in here.values()) or 'not run yet'}",
+        "trouble, so many broken promises. With 0 failures in N cases the true rate is below 3/N at 95 % confidence.",
+        "", f"- Date: {max(row['date'] for row in here.values()) or 'not run yet'}",
         f"- Code: `llm_trainer/` at tree `{version}`, commit {', '.join(commits) or 'none'}",
         f"- Time: {minutes(here.values()):.0f} minutes of work on this code, on {os.cpu_count()} cores; "
         f"{ever - minutes(here.values()):.0f} minutes on earlier code", "",
@@ -204,7 +207,8 @@ def report(ledger: Ledger) -> str:
         "|---|---|---:|---:|---:|---:|---:|"]
     for t in all_trials:
         row = here[t.id]
-        lines.append(f"| {t.id} | {t.title} | {row['n']:,} | {len(row['failures'])} | {t.goal:,} | {row['seconds'] / 60:.1f} | "
+        lines.append(f"| {t.id} | {t.title} | {row['n']:,} | {len(row['failures'])} | {t.goal:,} | "
+                     f"{row['seconds'] / 60:.1f} | "
                      f"{ledger.ran(t.id) - row['n']:,} |")
     told = [(t.id, v, row) for t in all_trials for v, row in ledger.rows(t.id).items()]
     paragraphs = {
@@ -213,7 +217,8 @@ def report(ledger: Ledger) -> str:
             f"- {id} on `{v}`: {_last(s['failure'])}. {s['why']} The case passed when it was run again on {s['date']}."
             for id, v, row in told for s in row["settled"]],
         "What the random tests hit, on this code": [
-            f"- {t.id}: " + ", ".join(f"{what} {n:,}" for what, n in sorted(here[t.id]["struck"].items(), key=lambda kv: -kv[1]))
+            f"- {t.id}: " + ", ".join(f"{what} {n:,}" for what,
+                                      n in sorted(here[t.id]["struck"].items(), key=lambda kv: -kv[1]))
             for t in all_trials if here[t.id]["struck"]]}
     for title, rows in paragraphs.items(): lines += ["", f"## {title}", "", *rows] if rows else []
     return "\n".join([*lines, ""])

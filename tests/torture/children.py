@@ -1,4 +1,4 @@
-"""Forked processes under test: what they did, what they said, what they cost. A child never returns to its parent's code."""
+"""Forked processes under test: what they did, said and cost. A child never returns to its parent's code."""
 from __future__ import annotations
 
 import contextlib

@@ -23,9 +23,10 @@ class Server:
 
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LLM_TRAINER_FAILPOINTS": "",
+               "LLM_TRAINER_HUNG_SECONDS": "1.5",  # a suspended rank is found soon
                "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), str(HERE.parents[1])])}
-        self.process = subprocess.Popen([sys.executable, "-m", "torture.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        bufsize=0, env=env)
+        self.process = subprocess.Popen([sys.executable, "-m", "torture.forks"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, bufsize=0, env=env)
         self._heard, self.ended = b"", {}
         assert self._hear()["ready"]
 
@@ -33,7 +34,8 @@ class Server:
         "What the server says next; None if that is nothing for `patience` seconds"
         while b"\n" not in self._heard:
             if not select.select([self.process.stdout], [], [], patience)[0]: return None
-            if not (more := os.read(self.process.stdout.fileno(), 1 << 16)): raise RuntimeError("the fork server is gone")
+            if not (more := os.read(self.process.stdout.fileno(), 1 << 16)):
+                raise RuntimeError("the fork server is gone")
             self._heard += more
         line, _, self._heard = self._heard.partition(b"\n")
         answer = json.loads(line)
@@ -51,8 +53,8 @@ class Server:
         return Child(self, self._tell(argv=argv, home=str(home), log=str(log), how=how)["pid"], log)
 
     def wait(self, pid: int, limit: float) -> int:
-        """The exit code of a child (negative: a signal's); killed, and -1000, if it sleeps or computes for more than `limit`
-        seconds. Time in which the machine is busy with others doesn't count: a starved child is no hanging one"""
+        """The exit code of a child (negative: a signal's); killed, and -1000, if it sleeps or computes for more than
+        `limit` seconds. Time in which the machine is busy with others doesn't count: a starved child doesn't hang"""
         slept, hangs = 0.0, False
         while pid not in self.ended:
             if self._hear(0.2) or hangs: continue
@@ -74,7 +76,8 @@ def _doing(pid: int) -> tuple[str, float]:
 class Child:
     "A command that is running"
 
-    def __init__(self, server: Server, pid: int, log: Path): self.server, self.pid, self.log, self._code = server, pid, log, None
+    def __init__(self, server: Server, pid: int, log: Path):
+        self.server, self.pid, self.log, self._code = server, pid, log, None
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         "Signal it, if it still lives: its pid stays its own until the server has reaped it and we have read so"
@@ -110,10 +113,12 @@ def server() -> Server:
 # In the server's process ----------------------------------------------------------------------------------------------
 
 def _misfortune(failpoint: str | None = None, file_limit: int | None = None, at_phase: dict | None = None,
-                stop_at: int | None = None, nan: dict | None = None, no_network: bool = False) -> None:
+                stop_at: int | None = None, nan: dict | None = None, no_network: bool = False,
+                rank_failpoint: str | None = None) -> None:
     "What should go wrong in a child, before it runs its command"
+    if rank_failpoint: os.environ["LLM_TRAINER_FAILPOINTS"] = rank_failpoint  # for the processes it starts
     if failpoint:
-        from llm_trainer import failpoints
+        from llm_trainer.system import failpoints
         failpoints.arm(failpoint)
     if file_limit:
         import resource
@@ -127,7 +132,7 @@ def _misfortune(failpoint: str | None = None, file_limit: int | None = None, at_
 
 def _signal_at_phase(phase: str, signals: list[int], nth: int = 1) -> None:
     "Send this process signals when the run enters a phase for the nth time"
-    from llm_trainer.runs import RunWriter
+    from llm_trainer.runs.writer import RunWriter
     log, seen = RunWriter.log, [0]
 
     def told(self, event):
@@ -141,7 +146,7 @@ def _signal_at_phase(phase: str, signals: list[int], nth: int = 1) -> None:
 
 def _stop_at(step: int) -> None:
     "Ask the run to stop when it has made so many steps"
-    from llm_trainer.runs import RunWriter
+    from llm_trainer.runs.writer import RunWriter
     log = RunWriter.log
 
     def told(self, event):
@@ -185,7 +190,7 @@ def _child(request: dict) -> None:
     code = 70
     try:
         _misfortune(**request["how"])
-        from llm_trainer import cli
+        from llm_trainer.cli import commands as cli
         sys.argv = ["llm-trainer", *request["argv"]]
         code = cli.main(request["argv"])
     except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
@@ -202,10 +207,10 @@ def serve() -> None:
     import fire  # noqa: F401
     import torch
 
-    import llm_trainer.cli
-    import llm_trainer.follow
-    import llm_trainer.train
-    import llm_trainer.worker  # noqa: F401
+    import llm_trainer.cli.commands
+    import llm_trainer.cli.progress
+    import llm_trainer.training.recipe
+    import llm_trainer.runs.worker  # noqa: F401
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # imports half of torch, which children needn't do again
     out = os.fdopen(os.dup(1), "w")
@@ -226,7 +231,8 @@ def serve() -> None:
         if wake in ready:
             with contextlib.suppress(BlockingIOError): os.read(wake, 4096)
             with contextlib.suppress(ChildProcessError):
-                while (found := os.waitpid(-1, os.WNOHANG))[0]: tell(ended=found[0], code=os.waitstatus_to_exitcode(found[1]))
+                while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                    tell(ended=found[0], code=os.waitstatus_to_exitcode(found[1]))
         if 0 in ready:
             data = os.read(0, 1 << 16)
             if not data: return

@@ -6,8 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llm_trainer.checkpoint import Checkpoints
-from llm_trainer.runs import Run
+from llm_trainer.events import silent
+from llm_trainer.training.checkpoint import Checkpoints
+from llm_trainer.runs.run import Run
 
 from .battery import cases, trial
 from .forks import server
@@ -22,12 +23,12 @@ RELEASES = sorted(p.name for p in GOLDEN.glob("*")) if GOLDEN.exists() else []
 def releases(case: int) -> str | None:
     """checkpoints and run folders of every released version: verified, shown, loaded for generation, resumed (or
     refused by name on another kind of machine)"""
-    from llm_trainer.sampler import load_for_generation
+    from llm_trainer.generation.sampler import load_for_generation
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
         home = Path(tmp) / "home"
         shutil.copytree(GOLDEN / RELEASES[case % len(RELEASES)], home)
-        run, store = Run(home / "runs" / RUN), Checkpoints(home / "checkpoints" / RUN, RUN, notify=lambda text: None)
-        if run.status()["status"] != "completed" or not run.metrics(): return "not shown as it ended"
+        run, store = Run(home / "runs" / RUN), Checkpoints(home / "checkpoints" / RUN, RUN, emit=silent)
+        if run.status().status != "completed" or not run.metrics(): return "not shown as it ended"
         if bad := {step: problems for step, problems in store.verify().items() if problems}: return f"damaged: {bad}"
         model, tokenizer = load_for_generation(store.select("best"), "cpu")
         if tokenizer.decode(tokenizer.encode("the model")) != "the model": return "another tokenizer"

@@ -8,13 +8,14 @@ import signal
 import tempfile
 from pathlib import Path
 
-from llm_trainer import host
-from llm_trainer.runs import create_run
+from llm_trainer.system import locks, process
+from llm_trainer.runs.run import create_run
 
 from .battery import cases, trial
 from .children import fork, wait
 
-_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGALRM]
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT,
+            signal.SIGALRM]
 
 
 class Stranger:
@@ -54,13 +55,13 @@ FORGERIES = ("old boot", "wrong start", "other namespace", "other host", "no sta
 def forged(case: int) -> str | None:
     """state.json forged with the pid of a live stranger (old boot, wrong start time, other namespace or host, odd
     types, broken lock): status says crashed, stop sends no signal, not even while somebody holds the run's lock"""
-    from llm_trainer import launch
+    from llm_trainer.runs import launch
     rng, kind = random.Random(f"forged {case}"), FORGERIES[case % len(FORGERIES)]
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp, Stranger() as stranger:
         run = create_run(Path(tmp), {}, name="forged")
-        record = host.identity(stranger.pid)
-        state = {**json.loads((run.folder / "state.json").read_text()), "status": "running", "phase": "training", **record,
-                 "heartbeat": 9e9, "progress_at": 9e9}
+        record = process.identity(stranger.pid)
+        state = {**json.loads((run.folder / "state.json").read_text()), "status": "running", "phase": "training",
+                 **record, "heartbeat": 9e9, "progress_at": 9e9}
         match kind:
             case "old boot": state["boot_id"] = "00000000-0000-0000-0000-000000000000"
             case "wrong start": state["process_start_ticks"] += rng.choice([-100, -1, 1, 100])
@@ -82,17 +83,17 @@ def forged(case: int) -> str | None:
             case "lock is a link": lock.symlink_to("/etc/passwd")
             case "lock is a fifo": os.mkfifo(lock)
             case "lock full of noise": lock.write_bytes(rng.randbytes(999))
-        status = run.status()["status"]
-        held = host.Lock(lock)
+        status = run.status().status
+        held = locks.Lock(lock)
         if not kind.startswith(("lock", "garbage", "perfect")):
-            for send in (host.send, host.send_group):
+            for send in (process.send, process.send_group):
                 if send(state, signal.SIGTERM): status += " (and a signal was sent)"
             held.acquire()
             for now in (False, True): launch.stop(run, now=now, timeout=0)
             held.release()
             run.withdraw()
         for now in (False, True):
-            try: launch.stop(run, now=now, notify=lambda text: None)
+            try: launch.stop(run, now=now, show=lambda state: None)
             except Exception as e: status += f" (stop raised {e!r})" if not hasattr(e, "exit_code") else ""
         heard = stranger.heard()
         if status != "crashed" or heard: return f"{kind}: {status}, the stranger heard {heard}"
@@ -103,8 +104,8 @@ def forged(case: int) -> str | None:
 def clocks(case: int) -> str | None:
     """the clock jumps (a day, an hour, back and forth) and the process is suspended for ten minutes: elapsed time and
     status stay true, `stalled` then `running`, never a false crash"""
-    from llm_trainer.runs import RunWriter
-    from llm_trainer.trainer import Phase, Step
+    from llm_trainer.runs.writer import RunWriter
+    from llm_trainer.events import Phase, Step
     rng = random.Random(f"clocks {case}")
     now = {"monotonic": rng.uniform(0, 1e6), "wall": 1.8e9}
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
@@ -112,7 +113,7 @@ def clocks(case: int) -> str | None:
         writer = RunWriter(run, run.lock, clock=lambda: now["monotonic"], wall=lambda: now["wall"])
         writer.log(Phase("training"))
         passed = 0.0
-        seen = lambda: run.status(wall=now["wall"], monotonic=now["monotonic"])["status"]
+        def seen(): return run.status(wall=now["wall"], monotonic=now["monotonic"]).status
         for step in range(1, 30):
             wait = rng.uniform(0.5, 5)
             for key in now: now[key] += wait
@@ -126,7 +127,7 @@ def clocks(case: int) -> str | None:
             writer.log(Step(step, step / 10, step, 1e-3, 2.0, 1.0, 100.0, 10, 5.0))
             if seen() != "running": return f"step {step}: {seen()} after progress"
             writer.update()
-            elapsed = run.state()["elapsed_seconds"]
+            elapsed = run.state().elapsed_seconds
             if abs(elapsed - passed) > 1: return f"step {step}: {elapsed} s elapsed, {passed} s passed"
         run.lock.release()
         if seen() != "crashed": return f"{seen()} without its lock"

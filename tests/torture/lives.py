@@ -10,9 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_trainer import failpoints, workspace
-from llm_trainer.checkpoint import Checkpoints, verify, weights_hash
-from llm_trainer.runs import Run
+from llm_trainer import workspace
+from llm_trainer.system import failpoints
+from llm_trainer.events import silent
+from llm_trainer.training.checkpoint import Checkpoints, verify, weights_hash
+from llm_trainer.runs.run import Run
+from llm_trainer.runs.state import State
 
 from .battery import cases, kept_folder, struck, trial
 from .forks import Child, server
@@ -53,8 +56,9 @@ _clean: dict[str, tuple] = {}
 
 def corpus() -> str:
     "Some pages of text, the same on every machine"
-    rng, words = random.Random(5), "the a model step loss token run saves reads writes learns old new small great and of in it".split()
-    page = lambda: " ".join(rng.choice(words) for _ in range(60)).capitalize() + "."
+    rng = random.Random(5)
+    words = "the a model step loss token run saves reads writes learns old new small great and of in it".split()
+    def page(): return " ".join(rng.choice(words) for _ in range(60)).capitalize() + "."
     return "\n\n".join(page() for _ in range(13))
 
 
@@ -91,7 +95,7 @@ def run_of(home: Path) -> Run: return Run(home / "runs" / RUN)
 
 def store_of(home: Path) -> Checkpoints:
     "The victim's checkpoints"
-    return Checkpoints(home / "checkpoints" / RUN, RUN, notify=lambda text: None)
+    return Checkpoints(home / "checkpoints" / RUN, RUN, emit=silent)
 
 
 def end_of(home: Path) -> tuple[str, list]:
@@ -109,7 +113,7 @@ def clean_end() -> tuple[str, list]:
 def difference(home: Path, rows_lost: bool = False) -> str | None:
     "How a completed run differs from the untouched one; `rows_lost`: the disk may have refused lines of the metrics"
     state = run_of(home).status()
-    if state["status"] != "completed": return f"ended {state['status']}: {state['reason']}"
+    if state.status != "completed": return f"ended {state.status}: {state.reason}"
     digest, rows = end_of(home)
     clean_digest, clean_rows = clean_end()
     if digest != clean_digest: return f"other weights: {digest[:12]} instead of {clean_digest[:12]}"
@@ -126,7 +130,7 @@ def after_death(home: Path) -> str | None:
     run, store = run_of(home), store_of(home)
     if not run.folder.exists(): return None
     state = run.status()
-    if state["status"] not in ("crashed", "completed", "stopped"): return f"the killed run shows as {state['status']}"
+    if state.status not in ("crashed", "completed", "stopped"): return f"the killed run shows as {state.status}"
     steps = store.steps()
     bad = {step: problems for step in steps if (problems := verify(store.path(step)))}
     if bad: return f"visible but damaged: {bad}"
@@ -170,16 +174,16 @@ def life(home: Path, rng: random.Random, kills: int) -> tuple[int, str | None]:
 
 def where(home: Path) -> str:
     "What a killed run was busy with"
-    state = run_of(home).state() if run_of(home).folder.exists() else {"phase": None, "status": "queued"}
-    if state["phase"] in ("training", "saving", "evaluating", "sampling"): return state["phase"]
-    return "preparing" if state["status"] in ("queued", "running") else "ending"
+    state = run_of(home).state() if run_of(home).folder.exists() else State(status="queued")
+    if state.phase in ("training", "saving", "evaluating", "sampling"): return state.phase
+    return "preparing" if state.status in ("queued", "running") else "ending"
 
 
 def _until(aim: str, child: Child, home: Path, rng: random.Random) -> None:
     "Wait until the child is inside its nth save or evaluation"
     times, inside = rng.randrange(1, 6 if aim == "saving" else 3), False
     while child.alive():
-        now = _saves(home) if aim == "saving" else run_of(home).state()["phase"] == aim
+        now = _saves(home) if aim == "saving" else run_of(home).state().phase == aim
         if now and not inside: times -= 1
         inside = now
         if inside and not times: return time.sleep(rng.uniform(0, 0.006))
@@ -194,14 +198,17 @@ def _saves(home: Path) -> bool:
 
 @trial("T1", goal=1000, slice=3, chunk=8)
 def kills(n: int, seed: int) -> list[str]:
-    """kill -9 at random instants (half anywhere, half aimed at saving, evaluating and preparing; what they hit is below),
-    resume, up to 4 times a run: always resumable, at most one save interval lost, weights and losses equal to an untouched run's"""
+    """kill -9 at random instants (half anywhere, half aimed at saving, evaluating and preparing; what they hit is
+    below), resume, up to 4 times a run: always resumable, at most one save interval lost, weights and losses equal to
+    those of an untouched run"""
     failures, done, lives = [], 0, 0
     while done < n:
         lives += 1
         rng = random.Random(f"life {seed} {lives}")
         with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
-            try: killed, problem = life(new_home(tmp, prepared=rng.random() < .75), rng, min(n - done, rng.randrange(1, 5)))
+            try:
+                killed, problem = life(new_home(tmp, prepared=rng.random() < .75), rng,
+                                       min(n - done, rng.randrange(1, 5)))
             except Exception as e: killed, problem = 1, repr(e)
         if problem: failures.append(f"case {seed}, life {lives}: {problem}")
         done += killed  # a run that was faster than the kill is no case
@@ -232,11 +239,11 @@ def places(case: int) -> str | None:
         run = run_of(home)
         if run.folder.exists():
             state = run.status()
-            if state["status"] in ("running", "stalled"): return f"{spec}: dead, and shown as {state['status']}"
-            if action == "kill" and code != -signal.SIGKILL and state["status"] not in ("completed",):
-                return f"{spec}: ended {code}, {state['status']}"
-            if state["status"] == "failed" and action == "enospc" and state["reason"]["code"] != "disk_full":
-                return f"{spec}: {state['reason']}"
+            if state.status in ("running", "stalled"): return f"{spec}: dead, and shown as {state.status}"
+            if action == "kill" and code != -signal.SIGKILL and state.status not in ("completed",):
+                return f"{spec}: ended {code}, {state.status}"
+            if state.status == "failed" and action == "enospc" and state.reason["code"] != "disk_full":
+                return f"{spec}: {state.reason}"
         refused = name == "metrics.append" and action in ("eio", "enospc")
         if problem := finish(home, refused): return f"{spec} (ended {code}): {problem}"
 
@@ -256,9 +263,9 @@ def full_disk(case: int) -> str | None:
         if code not in (0, 1): return f"{how}: ended {code}"
         if run.folder.exists():
             state = run.status()
-            if state["status"] not in ("completed", "failed", "crashed"): return f"{how}: {state['status']}"
-            if state["status"] == "failed" and state["reason"]["code"] != "disk_full":
-                return f"{how}: {state['reason']}"
+            if state.status not in ("completed", "failed", "crashed"): return f"{how}: {state.status}"
+            if state.status == "failed" and state.reason["code"] != "disk_full":
+                return f"{how}: {state.reason}"
             bad = {s: p for s in store_of(home).steps() if (p := verify(store_of(home).path(s)))}
             if bad: return f"{how}: {bad}"
         if problem := finish(home, rows_lost=True): return f"{how} (ended {code}): {problem}"
@@ -312,19 +319,19 @@ def signals(case: int) -> str | None:
         code = child.wait()
         state = run_of(home).status()
         what = f"{kind} {'at a random instant' if at_random else f'while {phase}'}"
-        if code not in {128 + n for n in numbers} | ({0} if state["status"] == "completed" else set()):
+        if code not in {128 + n for n in numbers} | ({0} if state.status == "completed" else set()):
             return f"{what}: exit code {code}: {child.tail()}"
-        if state["status"] not in ("stopped", "completed"): return f"{what}: {state['status']} {state['reason']}"
-        if "stop" not in state["acknowledged"] and state["status"] == "stopped": return f"{what}: not acknowledged"
-        if len(numbers) == 1 and state["step"] and state["checkpoint_step"] != state["step"]:
-            return f"{what}: step {state['step']} not saved"
-        struck(f"{state['status']} at step {'0' if not state['step'] else '1 or later'}")
+        if state.status not in ("stopped", "completed"): return f"{what}: {state.status} {state.reason}"
+        if "stop" not in state.acknowledged and state.status == "stopped": return f"{what}: not acknowledged"
+        if len(numbers) == 1 and state.step and state.checkpoint_step != state.step:
+            return f"{what}: step {state.step} not saved"
+        struck(f"{state.status} at step {'0' if not state.step else '1 or later'}")
         if problem := finish(home): return f"{what}: {problem}"
 
 
 def _until_heard(child: Child, home: Path) -> None:
     "Wait until the child listens to signals: before that one simply ends it, as it would any program"
-    while child.alive() and run_of(home).state()["status"] != "running": time.sleep(0.002)
+    while child.alive() and run_of(home).state().status != "running": time.sleep(0.002)
 
 
 @trial("T19", goal=100, slice=3, chunk=8)
@@ -334,7 +341,7 @@ def poison(case: int) -> str | None:
     checkpoint on disk finite"""
     from safetensors.torch import load_file
 
-    from llm_trainer.checkpoint import all_finite
+    from llm_trainer.model.safetensors import all_finite
     rng = random.Random(f"poison {case}")
     where = ("loss", "gradient", "weights")[case % 3]
     nan = {"where": where, "call": rng.randrange(1, 200), "value": rng.choice(["nan", "inf", "-inf"])}
@@ -343,13 +350,13 @@ def poison(case: int) -> str | None:
         code = server().start(["train", "--config", "torture", "--name", RUN], home, nan=nan).wait()
         state, store = run_of(home).status(), store_of(home)
         allowed = {"completed": 0, "diverged": 1, "failed": 1}
-        if state["status"] not in allowed or code != allowed[state["status"]]:
-            return f"{nan}: {state['status']}, exit code {code}"
-        if state["status"] != "completed" and state["reason"]["code"] != "non_finite":
-            return f"{nan}: {state['reason']}"
-        if where == "weights" and state["status"] == "completed": return f"{nan}: not noticed"
+        if state.status not in allowed or code != allowed[state.status]:
+            return f"{nan}: {state.status}, exit code {code}"
+        if state.status != "completed" and state.reason["code"] != "non_finite":
+            return f"{nan}: {state.reason}"
+        if where == "weights" and state.status == "completed": return f"{nan}: not noticed"
         for step in store.steps():
             if verify(store.path(step)) or not all_finite(load_file(store.path(step) / "model.safetensors")):
                 return f"{nan}: step {step} is spoilt"
-        if where != "weights" and not state["skipped"] and state["step"] * 8 > nan["call"] + 40:
+        if where != "weights" and not state.skipped and state.step * 8 > nan["call"] + 40:
             return f"{nan}: nothing was skipped"

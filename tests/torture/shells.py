@@ -15,16 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_trainer import host
-from llm_trainer.checkpoint import Checkpoints, verify, weights_hash
-from llm_trainer.runs import Run, list_runs
+from llm_trainer.system import process
+from llm_trainer.events import silent
+from llm_trainer.training.checkpoint import Checkpoints, verify, weights_hash
+from llm_trainer.runs.run import Run, list_runs
 
 from .battery import cases, struck, trial
 from .forks import Child, server
 from .lives import RUN, clean_end, difference, new_home, run_of, store_of
 
 
-def command(home: Path, *words: str) -> list[str]: return [sys.executable, "-m", "llm_trainer.cli", *words]
+def command(home: Path, *words: str) -> list[str]: return [sys.executable, "-m", "llm_trainer", *words]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -54,8 +55,10 @@ def terminals(case: int) -> str | None:
         pid, terminal = pty.fork()
         if pid == 0:
             os.chdir(home)
-            os.execve("/bin/sh", ["sh", "-c", '"$@"; exec sleep 1000', "sh", *command(home, "train", "--config", "torture", "--name", RUN,
-                                                                                       "--background")], environment(home))
+            os.execve("/bin/sh", ["sh", "-c", '"$@"; exec sleep 1000', "sh",
+                                  *command(home, "train", "--config", "torture", "--name", RUN,
+                                                                                       "--background")],
+                      environment(home))
         said = b""
         while b"stop victim" not in said and select.select([terminal], [], [], 600)[0]:
             try: said += os.read(terminal, 4096)
@@ -72,15 +75,16 @@ def terminals(case: int) -> str | None:
             run = run_of(home)
             if b"goes on when this shell closes" not in said: return f"no background run: {said[-500:]!r}"
             if case % 2:
-                wait_until(lambda: (run.state()["step"] or 0) >= rng.randrange(1, 50) or not run.locked)
+                wait_until(lambda: (run.state().step or 0) >= rng.randrange(1, 50) or not run.locked)
                 state = run.state()
-                host.send(state, signal.SIGKILL)
+                process.send(state, signal.SIGKILL)
                 if not wait_until(lambda: not run.locked): return "killed, and its lock is held"
-                if run.status()["status"] not in ("crashed", "completed"): return f"killed: {run.status()['status']}"
-                done = subprocess.run(command(home, "resume", RUN, "--background"), **shell, capture_output=True, text=True)
+                if run.status().status not in ("crashed", "completed"): return f"killed: {run.status().status}"
+                done = subprocess.run(command(home, "resume", RUN, "--background"), **shell, capture_output=True,
+                                      text=True)
                 if done.returncode: return f"resume ended {done.returncode}: {done.stderr}"
-            if not wait_until(lambda: not run.locked and run.status()["status"] not in ("queued", "running")):
-                return f"did not end: {run.status()['status']} {run.log_tail(5)}"
+            if not wait_until(lambda: not run.locked and run.status().status not in ("queued", "running")):
+                return f"did not end: {run.status().status} {run.log_tail(5)}"
             return difference(home)
         finally:
             for viewer in viewers:
@@ -121,14 +125,16 @@ def exact(case: int) -> str | None:
             home = new_home(tmp)
             child = server().start(["train", "--config", "torture", "--name", RUN, *flags], home)
             if child.wait(): return f"{flags}: {child.tail()}"
-            _ends[key] = (_everything(home), run_of(home).state()["steps"])
+            _ends[key] = (_everything(home), run_of(home).state().steps)
     clean, steps = _ends[key]
-    stops = {"step 0": [0], "mid-epoch": [steps // 4], "epoch end": [steps // 2], "last step": [steps - 1]}.get(where, [])
+    places = {"step 0": 0, "mid-epoch": steps // 4, "epoch end": steps // 2, "last step": steps - 1}
+    stops = [places[where]] if where in places else []
     while len(stops) < chain and steps - 1 > chain: stops = sorted({*stops, rng.randrange(1, steps)})
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
         home, argv = new_home(tmp), ["train", "--config", "torture", "--name", RUN, *flags]
         if where == "in evaluation":
-            server().start(argv, home, at_phase={"phase": "evaluating", "signals": [int(signal.SIGTERM)], "nth": 1}).wait()
+            server().start(argv, home, at_phase={"phase": "evaluating", "signals": [int(signal.SIGTERM)],
+                                                 "nth": 1}).wait()
             argv = ["resume", RUN]
         for stop in stops:
             how = {"stop_at": stop} if stop else {"at_phase": {"phase": "tokenizing", "signals": [int(signal.SIGTERM)]}}
@@ -167,7 +173,7 @@ class World:
 
     def store(self, run_id: str) -> Checkpoints:
         "Its checkpoints"
-        return Checkpoints(self.home / "checkpoints" / run_id, run_id, notify=lambda text: None)
+        return Checkpoints(self.home / "checkpoints" / run_id, run_id, emit=silent)
 
     def shell(self, *words: str, allowed: tuple[int, ...] = (0,)) -> str | None:
         "Run a command to its end"
@@ -177,7 +183,8 @@ class World:
 
     def step(self) -> str | None:
         "One random act, of those that can be done now"
-        self.running = {run_id: child for run_id, child in self.running.items() if child.alive() or child.wait() is None}
+        self.running = {run_id: child for run_id, child in self.running.items() if child.alive()
+                        or child.wait() is None}
         run_id = self.rng.choice([*self.ids, *self.running, *self.running])
         exists, live, steps = self.run(run_id).folder.exists(), run_id in self.running, self.store(run_id).steps()
         acts = ["kill"] * 4 + ["double"] * 2 + ["wait"] if live else ["start"] * 4
@@ -198,7 +205,7 @@ class World:
         child: Child = self.running.pop(run_id)
         child.kill()
         child.wait()
-        if exists and self.run(run_id).status()["status"] in ("running", "stalled"): return "killed, and shown as alive"
+        if exists and self.run(run_id).status().status in ("running", "stalled"): return "killed, and shown as alive"
 
     def _stop(self, run_id, exists, live, steps): return self.shell("stop", run_id, allowed=(0, 3) if live else (0,))
 
@@ -237,7 +244,7 @@ class World:
         for run in list_runs(self.home / "runs"):
             if run.id in self.damaged: continue
             if problem := self.shell("resume", run.id): return problem
-            if (status := run.status()["status"]) != "completed": return f"{run.id} was resumed to its end and is {status}"
+            if (status := run.status().status) != "completed": return f"{run.id} was resumed to its end and is {status}"
             if run.id not in self.longer and weights_hash(self.store(run.id).select("latest")) != clean_end()[0]:
                 return f"{run.id} has other weights than an untouched run"
         return self.broken()
@@ -245,7 +252,7 @@ class World:
     def broken(self) -> str | None:
         "An invariant that does not hold"
         for run in list_runs(self.home / "runs"):
-            status, child = run.status()["status"], self.running.get(run.id)
+            status, child = run.status().status, self.running.get(run.id)
             if status in ("running", "stalled", "queued") and child is None:
                 return f"{run.id} is shown as {status}, and nothing runs"
             if child is None and run.id not in self.damaged:
@@ -258,8 +265,8 @@ class World:
 @trial("T21", goal=10000, slice=12, chunk=24)
 def lives(n: int, seed: int) -> list[str]:
     """a random life of three runs from several shells (train, resume, more epochs, kill -9, stop, double start,
-    verify, delete, pin, damage, lost index; 24 acts each): no dead run shown alive, no unnoticed damage, documented exit
-    codes, descriptors constant, and in the end each undamaged run resumes to the weights of an untouched one"""
+    verify, delete, pin, damage, lost index; 24 acts each): no dead run shown alive, no unnoticed damage, documented
+    exit codes, descriptors constant; in the end each undamaged run resumes to the weights of an untouched one"""
     failures, done = [], 0
     clean_end()
     while done < n:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from llm_trainer import failpoints
-from llm_trainer.checkpoint import Checkpoints, SaveFailed, read_tensors, verify, write_tensors
+from llm_trainer.system import failpoints
+from llm_trainer.model.safetensors import read_tensors, write_tensors
+from llm_trainer.events import silent
+from llm_trainer.training.checkpoint import Checkpoints, SaveFailed, verify
 
 from .battery import cases, kept_folder, struck, trial
 
@@ -26,7 +28,7 @@ def content(step: int):
         (folder / "state").mkdir()
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
         (folder / "state" / "trainer.json").write_text(f'{{"step": {step}, "epoch": {step / 100}}}')
-        save = lambda name, t: {name: write_tensors(folder / name, t, {"format": "pt"})}
+        def save(name, t): return {name: write_tensors(folder / name, t, {"format": "pt"})}
         value = torch.full((40, 50), float(step))
         return save("model.safetensors", {"w": value, "b": value[0].clone()}) | \
             save("state/optimizer.safetensors", {"w.exp_avg": value + 1})
@@ -35,7 +37,7 @@ def content(step: int):
 
 def small_store(folder: Path, steps=(10, 20, 30), keep: int = 3) -> Checkpoints:
     "A store with a few checkpoints"
-    store = Checkpoints(folder / "calm-heron-0001", "calm-heron-0001", keep, notify=lambda text: None, reserve=0)
+    store = Checkpoints(folder / "calm-heron-0001", "calm-heron-0001", keep, emit=silent, reserve=0)
     for step in steps:
         store.save(step, content(step))
         store.record(step, 4 - step / 100)
@@ -55,7 +57,7 @@ def exit_code_of(action) -> int:
 
 
 def sound(store: Checkpoints, step: int | None = None) -> str | None:
-    "What is wrong with a store after trouble: every visible folder must verify and load, the newest being `step` or later"
+    "What is wrong with a store after trouble: every visible folder must verify and load, the newest at `step` or later"
     bad = {s: problems for s in store.steps() if (problems := verify(store.path(s)))}
     if bad: return f"visible but damaged: {bad}"
     newest = store.select("latest")
@@ -76,7 +78,8 @@ def _pattern() -> Path:
     return _kept["store"]
 
 
-KINDS = ("flip", "truncate", "zero page", "swap files", "delete", "stale manifest", "swap folders", "add file", "link", "grow")
+KINDS = ("flip", "truncate", "zero page", "swap files", "delete", "stale manifest", "swap folders", "add file", "link",
+         "grow")
 
 
 @trial("T4", goal=3000, slice=60, chunk=100)
@@ -89,12 +92,14 @@ def damage(case: int) -> str | None:
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
         shutil.copytree(_pattern(), tmp, dirs_exist_ok=True)
         said: list[str] = []
-        store = Checkpoints(Path(tmp) / "calm-heron-0001", "calm-heron-0001", notify=said.append)
+        store = Checkpoints(Path(tmp) / "calm-heron-0001", "calm-heron-0001",
+                            emit=lambda event: said.append(event.message))
         newest = store.path(30)
         victim = rng.choice([p for p in sorted(newest.rglob("*")) if p.is_file()])
         data = victim.read_bytes()
         spot = rng.randrange(len(data))
-        if kind == "flip": victim.write_bytes(data[:spot] + bytes([data[spot] ^ 1 << rng.randrange(8)]) + data[spot + 1:])
+        if kind == "flip":
+            victim.write_bytes(data[:spot] + bytes([data[spot] ^ 1 << rng.randrange(8)]) + data[spot + 1:])
         elif kind == "truncate": victim.write_bytes(data[:spot])
         elif kind == "zero page":
             page = spot - spot % 4096
@@ -110,7 +115,8 @@ def damage(case: int) -> str | None:
             store.path(20).rename(newest)
             (Path(tmp) / "x").rename(store.path(20))
         elif kind == "add file":
-            victim = newest / rng.choice(["model.safetensors.index.json", "state/more.safetensors", "pytorch_model.bin"])
+            victim = newest / rng.choice(["model.safetensors.index.json", "state/more.safetensors",
+                                          "pytorch_model.bin"])
             victim.write_bytes(data)
         elif kind == "link":
             victim.rename(Path(tmp) / "elsewhere")
@@ -133,7 +139,8 @@ def index_damage(case: int) -> str | None:
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
         shutil.copytree(_pattern(), tmp, dirs_exist_ok=True)
         said: list[str] = []
-        store = Checkpoints(Path(tmp) / "calm-heron-0001", "calm-heron-0001", notify=said.append, reserve=0)
+        store = Checkpoints(Path(tmp) / "calm-heron-0001", "calm-heron-0001",
+                            emit=lambda event: said.append(event.message), reserve=0)
         path = store.folder / "index.json"
         data, spot = path.read_bytes(), rng.randrange(path.stat().st_size)
         match rng.randrange(4):
@@ -173,7 +180,7 @@ def stations(case: int) -> str | None:
                 except (SaveFailed, RuntimeError) as e:
                     if action == "enospc" and getattr(e, "code", "") != "disk_full": return f"{name}: {e!r}"
         finally: failpoints.arm(None)
-        reopened = Checkpoints(store.folder, store.run_id, keep=1, notify=lambda text: None, reserve=0)
+        reopened = Checkpoints(store.folder, store.run_id, keep=1, emit=silent, reserve=0)
         if problem := sound(reopened, 30): return f"{name}={action}:{nth}: {problem}"
         reopened.save(60, content(60))
         if problem := sound(reopened, 60): return f"{name}={action}:{nth}, next save: {problem}"
@@ -205,8 +212,9 @@ def killed_saves(case: int) -> str | None:
         os.waitpid(pid, 0)
         with open(done, "rb") as file: told = file.read()
         last = int.from_bytes(told[-4:], "little") if told else 30
-        struck("inside a save" if any(p.name.startswith(".tmp") for p in store.folder.iterdir()) else "between two saves")
-        return sound(Checkpoints(store.folder, store.run_id, notify=lambda text: None), last)
+        struck("inside a save" if any(p.name.startswith(".tmp") for p in store.folder.iterdir())
+               else "between two saves")
+        return sound(Checkpoints(store.folder, store.run_id, emit=silent), last)
 
 
 @trial("T5 store", goal=200, slice=12, chunk=20)
@@ -229,6 +237,7 @@ def full_disk(case: int) -> str | None:
             except SaveFailed: pass
             finally: failpoints.arm(None)
         if problem := sound(store, 30): return problem
-        left = [p.name for p in store.folder.iterdir() if p.name.startswith(".") and not p.name.startswith(".tmp-step-00000010")]
+        left = [p.name for p in store.folder.iterdir() if p.name.startswith(".")
+                and not p.name.startswith(".tmp-step-00000010")]
         if left: return f"{left} stayed"
 

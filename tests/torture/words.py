@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llm_trainer import cli, talk
+from llm_trainer.cli import commands as cli, repl as talk
 from llm_trainer.errors import UsageError
-from llm_trainer.frontend import FrontEnd
+from llm_trainer.cli.parser import FrontEnd
 
 from .battery import trial
 from .children import in_child
@@ -40,8 +40,10 @@ def wrong(rng: random.Random) -> tuple[list[str], str | None]:
     flags = {n: f for n, f in command.flags.items() if not f.positional}
     required = [word for f in command.flags.values() if f.positional and f.default is not None for word in ["x"]][:1]
     flag = rng.choice(list(flags.values())) if flags else None
-    kind = rng.choice(["unknown", "typo", "no value", "twice", "type", "command", "one dash", "switch value", "too many"])
-    noise = lambda: rng.choice([*NOISE, "".join(rng.choice(string.printable) for _ in range(rng.randrange(1, 12)))])
+    kind = rng.choice(["unknown", "typo", "no value", "twice", "type", "command", "one dash", "switch value",
+                       "too many"])
+    def noise():
+        return rng.choice([*NOISE, "".join(rng.choice(string.printable) for _ in range(rng.randrange(1, 12)))])
     if kind == "command" or flag is None:
         word = _typo(rng, name) if rng.random() < .5 else rng.choice([n for n in NOISE if n])
         return ([word, "--x"] if word not in cli.front.commands else [word + "x"]), None
@@ -67,7 +69,8 @@ class Written(BaseException):
 
 def _forbid_writes() -> None:
     def hook(event, args):
-        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "subprocess.Popen", "os.fork", "os.posix_spawn"):
+        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "subprocess.Popen", "os.fork",
+                     "os.posix_spawn"):
             raise Written(f"{event} {args[:1]}")
         if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and args[0] != os.devnull:
             raise Written(f"open {args[0]}")
@@ -85,7 +88,8 @@ def arguments(n: int, seed: int) -> list[str]:
         def act():
             os.chdir(tmp)
             os.environ["LLM_TRAINER_HOME"] = tmp
-            for module in ("llm_trainer.config", "llm_trainer.runs", "llm_trainer.launch", "fire"): __import__(module)
+            for module in ("llm_trainer.config", "llm_trainer.runs.run", "llm_trainer.runs.launch", "fire"):
+                __import__(module)
             sys.dont_write_bytecode = True
             _forbid_writes()
             failures = []
@@ -102,7 +106,8 @@ def arguments(n: int, seed: int) -> list[str]:
                 if problem: failures.append(f"case {case}: {argv!r:.200}: {problem}: {text[:200]}")
             return json.dumps(failures)
         ended = in_child(act, limit=600)
-    return json.loads(ended.said) if ended.code == 0 else [f"cases from {seed}: ended {ended.code}: {ended.said[-500:]}"]
+    if ended.code == 0: return json.loads(ended.said)
+    return [f"cases from {seed}: ended {ended.code}: {ended.said[-500:]}"]
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
@@ -151,11 +156,14 @@ def prompts(n: int, seed: int) -> list[str]:
             joined = ["echo", f"--prompt={text}"]
             codes = [ECHO.run(argv) for argv in (joined, ["echo", "--prompt", text] if spaced else joined,
                                                  ["echo", "--prompt-file", str(file)])]
-            if codes != [0, 0, 0] or _heard != [text] * 3: failures.append(f"case {case}: {text!r} became {_heard!r}, {codes}")
+            if codes != [0, 0, 0] or _heard != [text] * 3:
+                failures.append(f"case {case}: {text!r} became {_heard!r}, {codes}")
             elif case % 100 == 0:
                 code = ("import sys; from torture.words import ECHO, _heard; c = ECHO.run(); "
                         "sys.stdout.buffer.write(_heard[0].encode('utf-8', 'surrogateescape')); sys.exit(c)")
-                env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))}
+                env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str,
+                                                                       [Path(__file__).parents[1],
+                                                                        Path(__file__).parents[2]]))}
                 for argv in ([b"echo", b"--prompt=" + data], [b"echo", b"--prompt-file", b"-"]):
                     done = subprocess.run([sys.executable, "-c", code, *argv], input=data, capture_output=True, env=env)
                     if done.returncode or done.stdout != data:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from textual import events, work
@@ -17,7 +17,7 @@ from llm_trainer.tui.readers import RunRow
 
 
 class Polling:
-    """Calls `poll` in a thread, twice a second, and posts what it returns; rests while another screen covers this one."""
+    """Calls `poll` in a thread, twice a second, and posts what it returns; pauses while another screen is on top."""
 
     def start_polling(self) -> None:
         self._awake, self._unread, self._poll_problem = threading.Event(), False, ""
@@ -48,7 +48,8 @@ class Polling:
             took = time.monotonic()
             if self.seen and not self._unread: self._poll_once(worker)
             took = time.monotonic() - took
-            self._awake.wait(max(self.app.interval, min(5.0, 20 * took)))  # a huge workspace costs at most 5 % of a core
+            self._awake.wait(max(self.app.interval, min(5.0, 20
+                                                        * took)))  # a huge workspace costs at most 5 % of a core
             self._awake.clear()
 
     def _poll_once(self, worker: Any) -> None:
@@ -63,6 +64,47 @@ class Polling:
         if message is not None and not worker.is_cancelled:
             self._unread = True
             self.post_message(message)
+
+
+def _next(value: str, values: Iterable[str]) -> str:
+    "The one after `value`, in a circle"
+    values = list(values)
+    return values[(values.index(value) + 1) % len(values)]
+
+
+class PlotActions:
+    """Scale, axis, smoothing and view of the screen's plot; `draw` brings it up to date."""
+
+    KEYS = [
+        Binding("l", "log_scale", "Log", tooltip="Logarithmic or linear loss"),
+        Binding("a", "against", "Against", tooltip="Curves against steps, tokens or training time"),
+        Binding("m", "smooth", "Smooth", tooltip="How much the training curves are smoothed")]
+    VIEW_KEYS = [
+        Binding("plus,equals_sign", "plot('zoom_in')", "Zoom in", tooltip="Zoom in", group=Binding.Group("+- Zoom")),
+        Binding("minus", "plot('zoom_out')", "Zoom out", tooltip="Zoom out", group=Binding.Group("+- Zoom")),
+        Binding("left", "plot('pan_left')", "Pan left", tooltip="Move the view left", group=Binding.Group("←→ Pan")),
+        Binding("right", "plot('pan_right')", "Pan right", tooltip="Move the view right",
+                group=Binding.Group("←→ Pan")),
+        Binding("0", "plot('reset_scales')", "Whole", tooltip="The whole curves again")]
+    unit, log_scale, smooth = "step", False, "smooth"
+
+    def draw(self) -> None: raise NotImplementedError
+
+    def action_plot(self, what: str) -> None: getattr(self.query_one("#plot"), f"action_{what}")()
+
+    def action_log_scale(self) -> None:
+        self.log_scale = not self.log_scale
+        self.draw()
+
+    def action_against(self) -> None:
+        from llm_trainer.runs.curves import AXES
+        self.unit = _next(self.unit, AXES)
+        self.draw()
+
+    def action_smooth(self) -> None:
+        from llm_trainer.runs.curves import SMOOTH
+        self.smooth = _next(self.smooth, SMOOTH)
+        self.draw()
 
 
 class RunActions:
@@ -84,7 +126,7 @@ class RunActions:
         if action in ("stop", "resume", "save", "generate", "copy") and row is None: return None
         if action == "stop": return row.live or None
         if action == "save": return row.status in ("running", "stalled") or None
-        if action == "resume": return (not row.live and row.status != "unreadable") or None
+        if action == "resume": return (not row.live and row.status != "unknown") or None
         if action == "generate": return row.checkpoint is not None or None
         return True
 
@@ -104,7 +146,7 @@ class RunActions:
         if text := self.why_not(found.binding.action): self.app.notify(text, severity="warning", timeout=5)
 
     def _run(self, run_id: str) -> Any:
-        from llm_trainer.runs import find_run
+        from llm_trainer.runs.run import find_run
         return find_run(self.app.workspace.runs, run_id)
 
     def action_stop(self) -> None:
@@ -123,7 +165,7 @@ class RunActions:
 
     @work(thread=True, group="actions")
     def _stop(self, run_id: str, now: bool) -> None:
-        from llm_trainer import launch
+        from llm_trainer.runs import launch
         self._try(lambda: launch.stop(self._run(run_id), now=now, timeout=0),
                   f"{run_id} was ended." if now else f"{run_id} saves and stops; its state will say so.")
 
@@ -139,7 +181,7 @@ class RunActions:
 
     @work(thread=True, group="actions")
     def _resume(self, run_id: str, **plan: Any) -> None:
-        from llm_trainer import launch
+        from llm_trainer.runs import launch
         run = self._try(lambda: launch.resume(self._run(run_id), self.app.workspace, **plan), f"{run_id} goes on.")
         if run is not None and run.id != run_id:
             self._tell(f"A new run, {run.id}, goes on from an older step of {run_id}.")
@@ -154,7 +196,8 @@ class RunActions:
         if self.target: self.app.push_screen(CopyScreen(self.target, self.app.workspace))
 
     def _tell(self, text: str, severity: str = "information") -> None:
-        self.app.call_from_thread(self.app.notify, text, severity=severity, timeout=4 if severity == "information" else 12)
+        self.app.call_from_thread(self.app.notify, text, severity=severity, timeout=4 if severity == "information"
+                                  else 12)
 
     def _try(self, act: Callable[[], Any], done: str) -> Any:
         "Act in this thread; say what came of it, also when it failed"

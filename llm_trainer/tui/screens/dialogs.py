@@ -10,7 +10,8 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import Button, OptionList, Static
 from textual.widgets.option_list import Option
 
-from llm_trainer.tui.glyphs import MEANING, STATES, line
+from llm_trainer.runs.state import STATES
+from llm_trainer.tui.glyphs import line
 from llm_trainer.tui.readers import RunRow
 from llm_trainer.workspace import Workspace
 
@@ -28,7 +29,8 @@ class AskScreen(ModalScreen[str]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as box:
-            box.border_title, box.border_subtitle = Content(line(self.heading, 60)), "←→ choose, enter answers, esc goes back"
+            box.border_title, box.border_subtitle = Content(line(self.heading,
+                                                                 60)), "←→ choose, enter answers, esc goes back"
             yield Static(Content(self.text))
             with Horizontal(classes="buttons"):
                 for key, label in self.answers.items(): yield Button(label, id=f"answer-{key}", compact=True)
@@ -59,11 +61,12 @@ class HelpScreen(ModalScreen[None]):
             keys.append((self.app.get_key_display(binding), tooltip or binding.tooltip or binding.description))
         text = [Content("Closing the watcher (q) never stops training: runs are processes of their own."),
                 Content.styled("\nKeys", "bold $primary")]
-        for key, meaning in [*keys, ("↑↓ j k", "Move; page up and down, home and end too"), ("tab", "To the next part of the screen")]:
+        for key, meaning in [*keys, ("↑↓ j k", "Move; page up and down, home and end too"),
+                             ("tab", "To the next part of the screen")]:
             text.append(Content.assemble((" " * max(0, 8 - cell_len(key)) + key, "bold"), "  ", meaning))
         text.append(Content.styled("\nStates", "bold $primary"))
-        for state, (sign, color) in STATES.items():
-            text.append(Content.assemble((f"{sign} {state:<10}", f"${color}"), "  ", MEANING[state]))
+        for state, look in STATES.items():
+            text.append(Content.assemble((f"{look.sign} {state:<10}", f"${look.colour}"), "  ", look.meaning))
         text.append(Content.styled("\nIn a shell: llm-trainer status, runs, logs, stop, resume, generate\n"
                                    f"Workspace: {line(self.app.workspace.root)}", "$foreground 60%"))
         return Content("\n").join(text)
@@ -87,7 +90,8 @@ class CopyScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide") as box:
             box.border_title, box.border_subtitle = "Copy", "enter copies, esc goes back"
-            yield OptionList(*(Option(Content.assemble((f"{name:<14}", "$foreground 60%"), value)) for name, value in self.choices),
+            yield OptionList(*(Option(Content.assemble((f"{name:<14}", "$foreground 60%"), value)) for name,
+                               value in self.choices),
                              compact=True)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:

@@ -1,8 +1,9 @@
-"""Write with a run's model: a prompt, the knobs of the sampler, and the text as it comes from the warm child process."""
+"""Write with a run's model: a prompt, the sampler's settings, and the text as it comes from the warm child process."""
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import fields
 from typing import Any
 
 from textual import on, work
@@ -14,16 +15,19 @@ from textual.screen import Screen
 from textual.widgets import Input, Label, Static, TextArea
 
 from llm_trainer.errors import LLMTrainerError
-from llm_trainer.runs import Run
+from llm_trainer.generation.sampling import Sampling
+from llm_trainer.runs.run import Run
 from llm_trainer.terminal import clean
 from llm_trainer.tui.glyphs import line
 from llm_trainer.tui.readers import settings_of
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.top_bar import TopBar
 
-KNOBS: dict[str, tuple[str, type, str]] = {
-    "max_new_tokens": ("tokens", int, "100"), "temperature": ("temperature", float, "0.8"), "top_k": ("top k", int, "0"),
-    "top_p": ("top p", float, "1"), "min_p": ("min p", float, "0"), "repetition_penalty": ("repetition", float, "1"),
+NAMES = {"max_new_tokens": "tokens", "temperature": "temperature", "top_k": "top k", "top_p": "top p", "min_p": "min p",
+         "repetition_penalty": "repetition"}
+DEFAULTS = {field.name: field.default for field in fields(Sampling)}
+KNOBS: dict[str, tuple[str, type, str]] = {  # name → label, kind and default of each field
+    **{name: (label, type(DEFAULTS[name]), f"{DEFAULTS[name]:g}") for name, label in NAMES.items()},
     "seed": ("seed", int, ""), "checkpoint": ("checkpoint", str, "best")}
 
 
@@ -46,8 +50,8 @@ class GenerateScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         stored = settings_of(Run(self.app.workspace.runs / self.run_id))
         yield TopBar()
-        box = TextArea(clean(str(stored.get("sample_prompt", "The "))), id="prompt", show_line_numbers=False, soft_wrap=True,
-                       tab_behavior="focus")
+        box = TextArea(clean(str(stored.get("sample_prompt", "The "))), id="prompt", show_line_numbers=False,
+                       soft_wrap=True, tab_behavior="focus")
         box.border_title = "Prompt"
         yield box
         with Container(id="knobs"):
@@ -55,7 +59,8 @@ class GenerateScreen(Screen[None]):
                 given = stored.get(name) if name not in ("seed", "checkpoint") else None
                 with Horizontal(classes="knob"):
                     yield Label(label)
-                    yield Input(line(f"{given:g}" if isinstance(given, float) else given if given is not None else value, 20),
+                    yield Input(line(f"{given:g}" if isinstance(given, float) else given if given is not None
+                                     else value, 20),
                                 compact=True, id=f"knob-{name}", select_on_focus=True,
                                 placeholder={"seed": "any"}.get(name, value))
         yield Static(id="said", markup=False)
@@ -78,7 +83,8 @@ class GenerateScreen(Screen[None]):
             if not text: continue
             try: wish[name] = kind(text)
             except ValueError:
-                raise ValueError(f"{label} must be a {'whole ' if kind is int else ''}number, not {line(text, 20)}") from None
+                wanted = "whole number" if kind is int else "number"
+                raise ValueError(f"{label} must be a {wanted}, not {line(text, 20)}") from None
         return wish
 
     def action_write(self) -> None: self._start(self.query_one("#prompt", TextArea).text)
@@ -98,11 +104,12 @@ class GenerateScreen(Screen[None]):
 
     @work(group="generate")
     async def _write(self, prompt: str, wish: dict[str, Any]) -> None:
-        from llm_trainer.checkpoint import Checkpoints
+        from llm_trainer.training.checkpoint import Checkpoints
         self.prompt, self.text, self.busy = prompt, "", True
         self._paint(True)
         generator, which, notes = self.app.generator, wish.pop("checkpoint", "best"), []
-        store = Checkpoints(self.app.workspace.checkpoints / self.run_id, self.run_id, notify=notes.append)
+        store = Checkpoints(self.app.workspace.checkpoints / self.run_id, self.run_id,
+                            emit=lambda event: notes.append(event.message))
         try:
             for last in (False, False, True):
                 self._say("checking the checkpoint …")
@@ -110,7 +117,8 @@ class GenerateScreen(Screen[None]):
                 warm = generator.alive and generator.folder == folder
                 self._say(f"writing from {folder.name} …" if warm else f"loading the model of {folder.name} …")
                 async for answer in generator.ask(folder, wish):
-                    if "error" in answer and not last and not folder.is_dir(): break  # a run that trains has replaced it
+                    if "error" in answer and not last and not folder.is_dir():
+                        break  # a run that trains has replaced it
                     self._answer(answer, folder.name, notes)
                 else: break
         except (LLMTrainerError, OSError) as problem: self._say(str(problem), "error")
@@ -126,22 +134,26 @@ class GenerateScreen(Screen[None]):
         elif answer.get("ready"): self._say(f"writing from {source} on {line(answer.get('device'), 20)} …")
         elif answer.get("finish"):
             count, took = answer.get("tokens") or 0, answer.get("seconds") or 0
-            ends = {"length": "as long as asked", "eot": "the model ended it", "stop": "at a stop text", "cancelled": "stopped"}
-            self._say(" · ".join([f"{count} tokens in {took:.{1 + (took < 1)}f} s", *([f"{count / took:,.0f} tok/s"] if took else []),
+            ends = {"length": "as long as asked", "eot": "the model ended it", "stop": "at a stop text",
+                    "cancelled": "stopped"}
+            self._say(" · ".join([f"{count} tokens in {took:.{1 + (took < 1)}f} s",
+                                  *([f"{count / took:,.0f} tok/s"] if took else []),
                                   ends.get(answer["finish"], line(answer["finish"], 20)), source, *notes]))
 
     def _paint(self, now: bool = False) -> None:
-        "Show what there is, ten times a second at most; cleaned as a whole, so that no sequence slips through in halves"
+        "Show what there is, at most ten times a second; cleaned as a whole, so that no split sequence slips through"
         if not now and time.monotonic() - self.painted < 0.1: return
         self.painted = time.monotonic()
         box = self.query_one("#output", VerticalScroll)
         at_end = box.is_vertical_scroll_end
-        self.query_one("#text", Static).update(Content.assemble((clean(self.prompt), "$foreground 60%"), clean(self.text),
+        self.query_one("#text", Static).update(Content.assemble((clean(self.prompt), "$foreground 60%"),
+                                                                clean(self.text),
                                                                 ("▌" if self.busy else "", "$primary")))
         if at_end: box.scroll_end(animate=False)
 
     def _say(self, text: str, kind: str = "") -> None:
-        self.query_one("#said", Static).update(Content.styled(line(text, 400), "$error" if kind == "error" else "$foreground 60%"))
+        self.query_one("#said", Static).update(Content.styled(line(text, 400), "$error" if kind == "error"
+                                                              else "$foreground 60%"))
 
     async def action_leave(self) -> None:
         if not self.busy: self.dismiss()

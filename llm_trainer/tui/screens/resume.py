@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import Any
 
 from textual import on, work
@@ -13,9 +12,9 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, Select, Static
 
-from llm_trainer import launch
+from llm_trainer.runs import launch
 from llm_trainer.errors import LLMTrainerError
-from llm_trainer.runs import Run
+from llm_trainer.runs.run import Run
 from llm_trainer.terminal import clean
 from llm_trainer.tui.glyphs import line
 
@@ -28,7 +27,8 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
 
     BINDINGS = [Binding("escape", "dismiss(None)", "Back", key_display="esc"),
                 Binding("ctrl+s", "go", "Resume", key_display="^s", priority=True),
-                Binding("down", "app.focus_next", "Next", show=False), Binding("up", "app.focus_previous", "Previous", show=False)]
+                Binding("down", "app.focus_next", "Next", show=False),
+                Binding("up", "app.focus_previous", "Previous", show=False)]
     AUTO_FOCUS = "#more"
 
     def __init__(self, run_id: str):
@@ -39,7 +39,8 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
         steps = launch.saved_steps(self.app.workspace.checkpoints / self.run_id)
         places = [("latest", "latest"), ("best", "best"), *((f"step {step:,}", str(step)) for step in reversed(steps))]
         with Vertical(classes="dialog wide") as box:
-            box.border_title, box.border_subtitle = Content(f"Resume {line(self.run_id, 50)}"), "^s resumes, esc goes back"
+            box.border_title = Content(f"Resume {line(self.run_id, 50)}")
+            box.border_subtitle = "^s resumes, esc goes back"
             with Horizontal(classes="row"):
                 yield Label("more epochs")
                 yield Input(compact=True, id="more", placeholder="empty: up to the target it has", type="integer")
@@ -67,8 +68,8 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
 
     @work(exclusive=True, group="plan")
     async def _plan(self) -> None:
-        """Show what would happen; nothing is changed. Files tell it, read in a thread as a checkpoint may be large; learning
-        rates, steps and time are asked of the command line, in a process that may load torch"""
+        """Show what would happen; nothing is changed. The files are read in a thread, as a checkpoint may be large;
+        learning rates, steps and time come from the command line, in a process that may load torch"""
         run, space = Run(self.app.workspace.runs / self.run_id), self.app.workspace
         try: plan = await asyncio.to_thread(lambda: launch.plan_resume(run, space, **self.wish))
         except (LLMTrainerError, OSError) as problem: return self._show(str(problem), False)
@@ -81,7 +82,7 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
         "The plan in the words of `resume --dry-run`; nothing when it can't tell"
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.wish.items() if value is not None]
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-c", "from llm_trainer.cli import main; main()", "resume", self.run_id, "--dry-run", *flags,
+            *launch.command("resume", self.run_id, "--dry-run", *flags),
             env=launch.environment(self.app.workspace), stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
         try: said, _ = await process.communicate()

@@ -9,10 +9,11 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import Input, Label, Static
 
-from llm_trainer.terminal import count, duration
-from llm_trainer.tui.glyphs import LIVE, bar, braille, line, number, steps
+from llm_trainer.terminal import count, duration, number
+from llm_trainer.runs.state import LIVE
+from llm_trainer.tui.glyphs import bar, braille, line, name, steps
 from llm_trainer.tui.messages import RunsRead
-from llm_trainer.tui.readers import Overview, RunRow
+from llm_trainer.tui.readers import Overview, RunRow, epochs
 from llm_trainer.tui.screens.actions import Polling, RunActions
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.lines import Lines, flow
@@ -22,7 +23,7 @@ from llm_trainer.tui.widgets.top_bar import TopBar
 SORTS = {"age": "newest first", "state": "live first", "val": "best validation first", "loss": "lowest loss first",
          "progress": "furthest first", "run": "by name"}
 NEVER = float("inf")
-ORDER = list(LIVE) + ["stopped", "crashed", "failed", "diverged", "completed", "unreadable"]
+ORDER = list(LIVE) + ["stopped", "crashed", "failed", "diverged", "completed", "unknown"]
 BY = {"age": lambda row: -row.created, "state": lambda row: ORDER.index(row.status),
       "val": lambda row: row.best if row.best is not None else NEVER,
       "loss": lambda row: row.loss if row.loss is not None else NEVER,
@@ -36,22 +37,19 @@ def progress(row: RunRow, width: int) -> list[tuple[str, str]]:
     return [(done, row.color if row.live else "dim"), (rest, "dim"), (share, "")]
 
 
-def epochs(row: RunRow) -> str:
-    return "–" if row.epoch is None else f"{row.epoch:.1f}/{round(row.epochs, 2):g}" if row.epochs else f"{row.epoch:.1f}"
-
-
 COLUMNS = [
-    Column("run", "run", 16, lambda r, w: [(line(r.id, w), "strong")], 0, grow=12),
+    Column("run", "run", 16, lambda r, w: [(name(r.id, w), "strong")], 0, grow=12),
     Column("state", "state", 13, lambda r, w: [(f"{r.sign} ", r.color), (r.word, r.color)], 0),
     Column("progress", "progress", 11, progress, 3, grow=8),
-    Column("step", "step", 15, lambda r, w: [(f"{steps(r.step)}/{steps(r.steps)}" if r.steps else steps(r.step), "")], 7,
-           True),
+    Column("step", "step", 15, lambda r, w: [(f"{steps(r.step)}/{steps(r.steps)}" if r.steps else steps(r.step), "")],
+           7, True),
     Column("epoch", "epoch", 8, lambda r, w: [(epochs(r), "")], 9, True),
-    Column("loss", "loss", 6, lambda r, w: [(number(r.loss), "strong")], 1, True),
-    Column("val", "val", 6, lambda r, w: [(number(r.val_loss), "")], 2, True),
-    Column("best", "best", 6, lambda r, w: [(number(r.best), "")], 8, True),
+    Column("loss", "loss", 6, lambda r, w: [(number(r.loss, 3), "strong")], 1, True),
+    Column("val", "val", 6, lambda r, w: [(number(r.val_loss, 3), "")], 2, True),
+    Column("best", "best", 6, lambda r, w: [(number(r.best, 3), "")], 8, True),
     Column("rate", "tok/s", 6, lambda r, w: [(count(r.rate), "")], 6, True),
-    Column("eta", "ETA", 6, lambda r, w: [(duration(r.eta) if r.eta is not None else "–", "strong" if r.live else "dim")],
+    Column("eta", "ETA", 6, lambda r, w: [(duration(r.eta) if r.eta is not None else "–", "strong" if r.live
+                                           else "dim")],
            1, True),
     Column("device", "on", 5, lambda r, w: [(line(r.device, w), "dim")], 10),
     Column("age", "age", 4, lambda r, w: [(r.age, "dim")], 5, True),
@@ -116,7 +114,7 @@ class RunsScreen(Polling, RunActions, Screen[None]):
     def show(self) -> None:
         "Hand the rows that pass the filter, in order, to the table"
         wanted = self.query_one("#filter", Input).value.lower().split()
-        text = lambda row: f"{row.id} {row.status} {row.word} {row.dataset} {row.device} {row.note}".lower()
+        def text(row): return f"{row.id} {row.status} {row.word} {row.dataset} {row.device} {row.note}".lower()
         rows = [row for row in self.rows if all(word in text(row) for word in wanted)]
         rows.sort(key=BY[self.sort])
         table, empty = self.table, not self.rows
@@ -134,7 +132,8 @@ class RunsScreen(Polling, RunActions, Screen[None]):
     def _welcome(self) -> None:
         if self.problem: text = Content.assemble((f"{line(self.problem, 300)}\n\n", "$error"), "Press r to try again.")
         else: text = Content.assemble(
-            ("No run yet.\n\n", "bold"), "Press ", ("n", "bold $primary"), " to start one here, or type in a shell:\n\n",
+            ("No run yet.\n\n", "bold"), "Press ", ("n", "bold $primary"),
+            " to start one here, or type in a shell:\n\n",
             ("    llm-trainer train --config quickstart --background\n\n", "$success"),
             "It trains a small model on Python's own documentation in about three minutes, and appears here by itself.")
         self.query_one("#welcome", Static).update(text)
@@ -144,18 +143,23 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         "The chosen run, with the figures that have no column at this width"
         row, box = self.table.row, self.query_one("#detail", Lines)
         mark = (row.status, row.checkpoint) if row else None
-        if mark != self.acts_on: self.acts_on = mark; self.refresh_bindings()
+        if mark != self.acts_on:
+            self.acts_on = mark
+            self.refresh_bindings()
         if row is None:
             wanted = self.query_one("#filter", Input).value
-            box.show(Content(f"No run matches “{line(wanted, 40)}”. Escape clears the filter." if wanted and self.rows else ""))
+            box.show(Content(f"No run matches “{line(wanted, 40)}”. Escape clears the filter." if wanted and self.rows
+                             else ""))
             return
-        facts = [("step", f"{steps(row.step)}/{steps(row.steps)}" if row.steps else steps(row.step)), ("epoch", epochs(row)),
-                 ("best", number(row.best)), ("speed", f"{count(row.rate)} tok/s" if row.rate else "–"),
+        facts = [("step", f"{steps(row.step)}/{steps(row.steps)}" if row.steps else steps(row.step)),
+                 ("epoch", epochs(row)),
+                 ("best", number(row.best, 3)), ("speed", f"{count(row.rate)} tok/s" if row.rate else "–"),
                  ("saved at", steps(row.checkpoint)), ("for", duration(row.elapsed))]
         if row.dataset: facts.append(("on", f"{row.dataset}, {row.device or '–'}"))
         text = [Content.assemble((f"{row.sign} {row.word} ", f"${row.color}"), (row.id, "bold"),
                                  (f"  {row.note}" if row.note else "", "italic $foreground 60%")),
-                *flow((Content.assemble((f"{name} ", "$foreground 60%"), value) for name, value in facts), self.size.width - 2)]
+                *flow((Content.assemble((f"{name} ", "$foreground 60%"), value) for name, value in facts),
+                      self.size.width - 2)]
         if row.reason: text.append(Content.assemble((f"{row.code}: " if row.code else "", "$error"), row.reason))
         else: text.append(Content.assemble(("shell  ", "$foreground 60%"), row.command))
         box.show(Content("\n").join(text))
@@ -200,7 +204,9 @@ class RunsScreen(Polling, RunActions, Screen[None]):
         self.sort = self.table.sorted_by = key
         self.show()
 
-    def on_resize(self) -> None: self._detail()
+    def on_resize(self) -> None:
+        self.set_class(self.size.height < 16, "-low")
+        self._detail()
 
     def action_filter(self) -> None:
         self.query_one("#filter-line").display = True

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from textual.widgets import Input, Label, Select, Static
 
 from llm_trainer import config as settings
 from llm_trainer.errors import LLMTrainerError
-from llm_trainer.launch import environment
+from llm_trainer.runs.launch import command, environment
 from llm_trainer.tui.glyphs import line
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.top_bar import TopBar
@@ -42,7 +41,7 @@ def purpose(profile: Path) -> str:
 class Field(Horizontal):
     """One setting: its name, what is typed, and what it may be or why it can't be that."""
 
-    def __init__(self, knob: settings.Knob):
+    def __init__(self, knob: settings.Setting):
         super().__init__(classes="field", id=f"field-{knob.name}")
         self.knob, self.base = knob, ""
 
@@ -71,14 +70,17 @@ class Field(Horizontal):
 
 
 class StartScreen(Screen[str | None]):
-    """A form over `config.fields()`, checked by the config's own rules while you type."""
+    """A form over `config.all_settings()`, checked by the config's own rules while you type."""
 
     BINDINGS = [
         Binding("escape", "leave", "Back", key_display="esc", tooltip="Back without starting anything"),
         Binding("ctrl+s", "start", "Start", key_display="^s", tooltip="Start the run", priority=True),
-        Binding("ctrl+u", "undo", "Undo field", key_display="^u", tooltip="The profile's value again"),
-        Binding("ctrl+f", "find", "Find", key_display="^f", tooltip="Find a setting by a part of its name", priority=True),
-        Binding("down", "app.focus_next", "Next", show=False), Binding("up", "app.focus_previous", "Previous", show=False)]
+        Binding("ctrl+u", "undo", "Undo field", key_display="^u", tooltip="The profile's value again",
+                priority=True),  # or the field takes it, and empties itself
+        Binding("ctrl+f", "find", "Find", key_display="^f", tooltip="Find a setting by a part of its name",
+                priority=True),
+        Binding("down", "app.focus_next", "Next", show=False),
+        Binding("up", "app.focus_previous", "Previous", show=False)]
     AUTO_FOCUS = "#profile"
 
     def compose(self) -> ComposeResult:
@@ -88,7 +90,8 @@ class StartScreen(Screen[str | None]):
         with Vertical(id="head"):
             with Horizontal(classes="field"):
                 yield Label("profile", classes="name")
-                yield Select([(line(name, 40), name) for name in names], value=first, allow_blank=False, id="profile", compact=True)
+                yield Select([(line(name, 40), name) for name in names], value=first, allow_blank=False, id="profile",
+                             compact=True)
             with Horizontal(classes="field"):
                 yield Label("run name", classes="name")
                 yield Input(compact=True, id="run-name", placeholder="two words")
@@ -99,8 +102,9 @@ class StartScreen(Screen[str | None]):
                 yield Input(compact=True, id="find", placeholder="find a setting")
         with VerticalScroll(id="fields", can_focus=False):
             group = ""
-            for knob in settings.fields().values():
-                if knob.group != group: yield Static(f"[{knob.group}]", classes="group", id=f"group-{knob.group}", markup=False)
+            for knob in settings.all_settings().values():
+                if knob.group != group:
+                    yield Static(f"[{knob.group}]", classes="group", id=f"group-{knob.group}", markup=False)
                 group = knob.group
                 yield Field(knob)
         yield Static(id="about", markup=False)
@@ -129,7 +133,8 @@ class StartScreen(Screen[str | None]):
                 for field in self.query(Field) if field.changed}
 
     def config(self) -> settings.Config:
-        return settings.load_config(self.query_one("#profile", Select).value, self.overrides(), self.app.workspace.configs)
+        return settings.load_config(self.query_one("#profile", Select).value, self.overrides(),
+                                    self.app.workspace.configs)
 
     @on(Input.Changed)
     def _changed(self, event: Input.Changed) -> None:
@@ -149,9 +154,11 @@ class StartScreen(Screen[str | None]):
         else: said = ""
         self.problem = said
         for field in self.query(Field):
-            mine = [text for text in said.splitlines() if field.knob.name in text.split(":")[0].replace("--", "").split()]
+            mine = [text for text in said.splitlines()
+                    if field.knob.name in text.split(":")[0].replace("--", "").split()]
             field.mark(line(mine[0].partition(": ")[2], 200) if mine and field.changed else "")
-            if made is not None and field.knob.default is None: field.input.placeholder = shown(made.flat()[field.knob.name])
+            if made is not None and field.knob.default is None:
+                field.input.placeholder = shown(made.flat()[field.knob.name])
         changed = len(self.overrides())
         facts = [f"{changed} changed" if changed else "the profile as it is"]
         if said: facts.append("not valid yet")
@@ -165,7 +172,8 @@ class StartScreen(Screen[str | None]):
         field = self.focused.parent if self.focused is not None and isinstance(self.focused.parent, Field) else None
         if self.problem: return self._about(self.problem.splitlines()[0], True)
         if self.focused is self.query_one("#profile"):
-            return self._about(purpose(settings.profiles(self.app.workspace.configs)[self.query_one("#profile", Select).value]))
+            chosen = self.query_one("#profile", Select).value
+            return self._about(purpose(settings.profiles(self.app.workspace.configs)[chosen]))
         if field is None: return self._about("^s starts the run. It goes on when you close the watcher.")
         self._about(f"{field.knob.name}: {field.knob.description}. Default: {shown(field.knob.default) or 'derived'}.")
 
@@ -188,14 +196,15 @@ class StartScreen(Screen[str | None]):
         self.starting = True
         self._about("looking at what is named …")
         given = {field.knob.name: field.input.value.strip() for field in self.query(Field) if field.changed}
-        given |= {"name": self.query_one("#run-name", Input).value.strip(), "note": self.query_one("#note", Input).value.strip()}
+        given |= {"name": self.query_one("#run-name", Input).value.strip(),
+                  "note": self.query_one("#note", Input).value.strip()}
         self._start(["train", "--config", self.query_one("#profile", Select).value, "--background", "--json",
                      *(f"--{name}={text}" for name, text in given.items() if text)])
 
     @work(thread=True, group="start")
     def _start(self, words: list[str]) -> None:
         "By the command line, in a process of its own: it finds and checks what is named, and may load torch for it"
-        done = subprocess.run([sys.executable, "-P", "-m", "llm_trainer.cli", *words], env=environment(self.app.workspace),
+        done = subprocess.run(command(*words), env=environment(self.app.workspace),
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         self.app.call_from_thread(self._started, done)
 

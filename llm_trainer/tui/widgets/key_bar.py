@@ -31,9 +31,11 @@ class KeyBar(Widget):
         "Key as shown, label, key to press (none for a group) and whether it does something now"
         found, seen, typing = [], set(), isinstance(self.screen.focused, Input | TextArea)
         own = [*self.screen._bindings.key_to_bindings, *self.app._bindings.key_to_bindings]
-        place = lambda item: (item[1].binding.action == "quit", len(item[0]) if item[1].binding.action == "quit"
-                              else own.index(item[0]) if item[0] in own else -1)
-        for _, (_, binding, enabled, _) in sorted(self.screen.active_bindings.items(), key=place):
+        def rank(item):
+            key, active = item
+            if active.binding.action == "quit": return 1, len(key)  # last, q before ^q
+            return 0, own.index(key) if key in own else -1  # what has the focus, the screen, the app
+        for _, (_, binding, enabled, _) in sorted(self.screen.active_bindings.items(), key=rank):
             if not binding.show or binding.action in seen: continue
             if typing and len(self.app.get_key_display(binding)) == 1: continue
             seen.add(binding.action)
@@ -52,17 +54,21 @@ class KeyBar(Widget):
         used = 0
         for entry in self.entries():
             size = cell_len(entry[0]) + 1 + cell_len(entry[1])
-            if rows[-1] and used + 2 + size > width: rows.append([]); used = 0
+            if rows[-1] and used + 2 + size > width:
+                rows.append([])
+                used = 0
             used += size + (2 if rows[-1] else 0)
             rows[-1].append(entry)
         return [row for row in rows if row]
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return max(1, len(self.lines(width)))
+        # where it is low the runs come first; ? has all keys
+        return max(1, min(len(self.lines(width)), viewport.height // 6))
 
     def render(self) -> RenderResult:
-        text = lambda key, label, on: Content.assemble((key, "bold $primary" if on else "$foreground 35%"), " ",
-                                                       (label, "$foreground 85%" if on else "$foreground 35%"))
+        def text(key, label, on):
+            return Content.assemble((key, "bold $primary" if on else "$foreground 35%"), " ",
+                                    (label, "$foreground 85%" if on else "$foreground 35%"))
         return Content("\n").join(Content("  ").join(text(key, label, on) for key, label, _, on in row)
                                   for row in self.lines(self.size.width))
 

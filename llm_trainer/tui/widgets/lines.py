@@ -11,7 +11,8 @@ def flow(parts: Iterable[Content], width: int, gap: int = 3) -> list[Content]:
     "The parts side by side, on as many lines as they need; none of them is broken"
     rows: list[Content] = []
     for part in parts:
-        if rows and rows[-1].cell_length + gap + part.cell_length <= width: rows[-1] = Content.assemble(rows[-1], " " * gap, part)
+        if rows and rows[-1].cell_length + gap + part.cell_length <= width:
+            rows[-1] = Content.assemble(rows[-1], " " * gap, part)
         else: rows.append(part)
     return rows
 
@@ -27,5 +28,5 @@ class Lines(Static):
         before, self.shown = self.shown, content
         if before is not None and content.is_same(before): return
         width = self.content_size.width
-        rows = lambda text: len(text.wrap(width)) if text is not None and width else -1
+        def rows(text): return len(text.wrap(width)) if text is not None and width else -1
         self.update(content, layout=before is None or not width or rows(before) != rows(content))

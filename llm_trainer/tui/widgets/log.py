@@ -14,10 +14,18 @@ class Log(RichLog):
         super().__init__(id=id, max_lines=most, wrap=True, highlight=False, markup=False, auto_scroll=False)
         self.texts: deque[Text] = deque(maxlen=most)
         self.laid = 0  # the width the lines are wrapped to
+        self.wanted = ""  # only lines with this are shown
 
     def add(self, texts: list[Text]) -> None:
         self.texts.extend(texts)
         if self.laid and texts: self._lay(texts, self.is_vertical_scroll_end)
+
+    def find(self, wanted: str) -> int:
+        "Show only the lines that hold `wanted`, in whatever case; how many these are"
+        self.wanted = wanted.lower()
+        self.clear()
+        if self.laid: self._lay(list(self.texts), True)
+        return sum(self.wanted in text.plain.lower() for text in self.texts)
 
     def on_resize(self) -> None:
         width = self.scrollable_content_region.width
@@ -27,5 +35,6 @@ class Log(RichLog):
         if self.texts: self._lay(list(self.texts), True)
 
     def _lay(self, texts: list[Text], to_end: bool) -> None:
-        self.write(Text("\n").join(texts), width=self.laid, scroll_end=False)
+        texts = [text for text in texts if self.wanted in text.plain.lower()]
+        if texts: self.write(Text("\n").join(texts), width=self.laid, scroll_end=False)
         if to_end: self.scroll_end(animate=False, immediate=True, x_axis=False)

@@ -14,41 +14,8 @@ from textual.geometry import Region
 from textual_hires_canvas import Canvas, HiResMode
 from textual_plot.plot_widget import Legend, PlotWidget
 
+from llm_trainer.runs.curves import columns
 from llm_trainer.terminal import count, duration
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A curve reduced to one entry per column of dots that has points."""
-    x: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    mean: np.ndarray
-
-
-def columns(x: np.ndarray, y: np.ndarray, left: float, right: float, width: int, smooth: float = 0.0) -> Columns:
-    """The points between `left` and `right` as `width` columns with the lowest, highest and mean value of each.
-
-    `smooth` is the reach of the mean in parts of the width: neighbours count with a bell-shaped weight and by the
-    number of points they hold, on both sides, so that the line neither lags nor starts low.
-    """
-    good = np.isfinite(x) & np.isfinite(y) & (x >= left) & (x <= right)
-    x, y = x[good], y[good]
-    empty = np.empty(0)
-    if not len(x) or right <= left or width < 1: return Columns(empty, empty, empty, empty)
-    place = np.minimum(((x - left) * width / (right - left)).astype(int), width - 1)
-    starts = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
-    used, size = place[starts], np.diff(np.r_[starts, len(y)])
-    low, high, total = (how.reduceat(y, starts) for how in (np.minimum, np.maximum, np.add))
-    mean = total / size
-    if smooth and len(used) > 2:
-        reach = max(1, round(3 * smooth * width))
-        bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(smooth * width, 0.5)) ** 2)
-        sums, weights = np.zeros(width), np.zeros(width)
-        sums[used], weights[used] = total, size
-        spread = lambda values: np.convolve(np.pad(values, reach), bell, "valid")
-        mean = spread(sums)[used] / spread(weights)[used]
-    return Columns(np.add.reduceat(x, starts) / size, low, high, mean)
 
 
 @dataclass
@@ -160,7 +127,7 @@ class Plot(PlotWidget, inherit_bindings=False):
         "Round limits around the data; kept while the data stays inside and fills most of them"
         drawn = [c for c in self.curves if len(c.x)]
         if not drawn: return
-        tops = lambda values: (float(np.nanmin(values)), float(np.nanmax(values)))
+        def tops(values): return (float(np.nanmin(values)), float(np.nanmax(values)))
         xs = [tops(c.x) for c in drawn]
         left, right = min(a for a, _ in xs), max(b for _, b in xs)
         ys = []
@@ -229,7 +196,7 @@ class Plot(PlotWidget, inherit_bindings=False):
         y = self._scaled(curve.y)
         reduced = columns(curve.x, y, self._x_min, self._x_max, dots, curve.smooth)
         if not len(reduced.x): return []
-        at = lambda xs, ys: [self.get_hires_pixel_from_coordinate(a, b) for a, b in zip(xs, ys)]
+        def at(xs, ys): return [self.get_hires_pixel_from_coordinate(a, b) for a, b in zip(xs, ys)]
         if curve.kind == "raw":
             pairs = [(*a, *b) for a, b in zip(at(reduced.x, reduced.low), at(reduced.x, reduced.high))]
             pairs += [(*a, *b) for a, b in zip(at(reduced.x, reduced.mean), at(reduced.x[1:], reduced.mean[1:]))]
@@ -239,7 +206,8 @@ class Plot(PlotWidget, inherit_bindings=False):
         if curve.kind != "marks": canvas.draw_hires_lines(pairs, HiResMode.BRAILLE, style)
         marks = list(zip(reduced.x, reduced.mean))
         if curve.kind in ("line", "raw"): marks = marks[-1:] if curve.tag else []
-        elif curve.kind == "points" and len(marks) > dots // 8: marks = marks[-1:]  # so close they would hide the curves
+        elif curve.kind == "points" and len(marks) > dots // 8:
+            marks = marks[-1:]  # so close they would hide the curves
         return [(x, v, curve.tag or "•", style) for x, v in marks]
 
     def _mark(self, canvas: QuietCanvas, x: float, y: float, sign: str, style: str) -> None:
@@ -251,11 +219,13 @@ class Plot(PlotWidget, inherit_bindings=False):
         width, height = canvas.size
         end = 0
         name = {"step": "steps"}.get(self.unit, self.unit)
+        if self.log_scale: canvas.put(2, 0, "log scale", tick)
         for value in ticks(self._x_min, self._x_max, max(2, width // 12)):
             x, _ = self.get_pixel_from_coordinate(value, 0.0)
             text = duration(value) if self.unit == "time" else count(round(value))
             start = min(max(0, x + self.margin_left - len(text) // 2), self.margin_left + width - len(text))
-            if not 0 <= x < width or start <= end or start + len(text) > self.margin_left + width - len(name) - 1: continue
+            if not 0 <= x < width or start <= end or start + len(text) > self.margin_left + width - len(name) - 1:
+                continue
             if x: canvas.set_pixel(x, height - 1, "┴", axis)
             bottom.put(start, 0, text, tick)
             end = start + len(text) + 1

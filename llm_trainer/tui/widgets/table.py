@@ -165,7 +165,7 @@ class Table(ScrollView, Generic[Row], can_focus=True):
         width = self.scrollable_content_region.width - 1
         if self._layout_cache_key == (width, self.gap): return self._fitted
         shown = list(self.columns)
-        need = lambda: sum(column.width for column in shown) + self.gap * (len(shown) - 1)
+        def need(): return sum(column.width for column in shown) + self.gap * (len(shown) - 1)
         while len(shown) > 1 and need() > width:
             shown.remove(max((c for c in shown), key=lambda column: column.rank))
         spare, widths = max(0, width - need()), []
@@ -185,7 +185,8 @@ class Table(ScrollView, Generic[Row], can_focus=True):
             text = self.empty if not self.rows and y == 2 else ""
             return Strip([Segment(set_cell_size("   " + text if text else "", width), self._style("dim"))])
         row = self.rows[index]
-        if index == self.cursor and self.has_focus: ground = self.get_component_rich_style("table--cursor", partial=True)
+        if index == self.cursor and self.has_focus:
+            ground = self.get_component_rich_style("table--cursor", partial=True)
         elif self.identity(row) in self.marked: ground = self.get_component_rich_style("table--marked", partial=True)
         else: ground = Style()
         sign = "◆" if self.identity(row) in self.marked else "▸" if index == self.cursor and self.has_focus else " "

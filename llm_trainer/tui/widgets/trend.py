@@ -33,7 +33,8 @@ class Trend(Widget):
         span = f"{self.write(min(real))} … {self.write(max(real))}" if real else ""
         head = f"{self.title}  {last}"
         head = Content.assemble((f"{self.title} ", "$foreground 60%"), (last, "bold"),
-                                (span.rjust(max(0, width - len(head) + 1)) if len(head) + len(span) < width else "", "$foreground 60%"))
+                                (span.rjust(max(0, width - len(head) + 1)) if len(head) + len(span) < width else "",
+                                 "$foreground 60%"))
         if height < 2: return head
         rows = braille(self.values, width, height - 1, 0.0 if self.from_zero else None)
         return Content("\n").join([head, *(Content.styled(row, "$primary") for row in rows)])

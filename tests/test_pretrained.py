@@ -1,0 +1,361 @@
+"""Models from elsewhere: computed as Transformers computes them, or refused; names of a hub; tokens stay the same."""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from conftest import program  # noqa: E402
+from hub_server import REVISION, Hub  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+# noqa: E402
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from llm_trainer import workspace  # noqa: E402
+from llm_trainer.config import ModelConfig  # noqa: E402
+from llm_trainer.data.batches import write_tokens  # noqa: E402
+from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from llm_trainer.errors import CheckpointError, UsageError  # noqa: E402
+from llm_trainer.generation.protocol import Model, completion  # noqa: E402
+from llm_trainer.generation.sampler import prompt_ids  # noqa: E402
+from llm_trainer.generation.filters import Sampling  # noqa: E402
+from llm_trainer.model.gguf import SPLIT  # noqa: E402
+from llm_trainer.model.huggingface import load_model, save_weights, write_config  # noqa: E402
+from llm_trainer.model.transformer import GPT  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()
+TOKENS = torch.arange(3, 60)[None]
+TEXT = "To be, or not to be: that's the question. It'll rain in 1999… naïve café 東京 " * 40
+
+
+# ---- every attribute of a config.json: the same logits, or a refusal
+
+BASE = dict(
+    gpt2=dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=100, n_positions=64),
+    qwen3=dict(model_type="qwen3", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, head_dim=16, vocab_size=100, max_position_embeddings=64))
+SAME = dict(
+    gpt2=[{}, dict(n_inner=48), dict(tie_word_embeddings=False), dict(reorder_and_upcast_attn=True), dict(n_ctx=1024),
+          dict(torch_dtype="bfloat16"), dict(attn_pdrop=.3), dict(pad_token_id=3), dict(eos_token_id=[1, 2]),
+          dict(summary_type="x"),
+          dict(logit_scale=3.), dict(is_decoder=True), dict(activation_function="gelu_pytorch_tanh"),
+          dict(num_attention_heads=4)],
+    qwen3=[{}, dict(tie_word_embeddings=True), dict(rope_theta=1e6),
+           dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+           dict(rope_scaling=dict(rope_type="default"), rope_theta=77.),
+           dict(rope_parameters=dict(rope_theta=33.), rope_theta=44.),
+           dict(rope_parameters=None, rope_theta=44.), dict(sliding_window=4), dict(max_window_layers=0),
+           dict(rms_norm_eps=1e-2),
+           dict(num_key_value_heads=None), dict(attention_dropout=.5), dict(hidden_act="swish"),
+           dict(layer_types=["full_attention"] * 2),
+           dict(mlp_bias=True), dict(original_max_position_embeddings=8), dict(pretraining_tp=2)])
+REFUSED = dict(
+    gpt2=[dict(activation_function="gelu"), dict(activation_function="gelu_fast"), dict(layer_norm_epsilon=1e-3),
+          dict(scale_attn_weights=False), dict(scale_attn_by_inverse_layer_idx=True), dict(add_cross_attention=True),
+          dict(quantization_config=dict(quant_method="gptq")), dict(is_encoder_decoder=True),
+          dict(chunk_size_feed_forward=4),
+          dict(per_layer_config={0: dict(layer_norm_epsilon=.1)}), dict(auto_map=dict(AutoModelForCausalLM="x.Y")),
+          dict(attribute_map={"n_head": "foo"}), dict(model_type="llama"), dict(model_type=["gpt2"])],
+    qwen3=[dict(attention_bias=True), dict(use_sliding_window=True, sliding_window=4, max_window_layers=0),
+           dict(hidden_act="gelu"),
+           dict(partial_rotary_factor=.5), dict(layer_types=["sliding_attention", "full_attention"]),
+           dict(rope_scaling=dict(type="linear", factor=2.)),
+           dict(rope_parameters=dict(rope_type="dynamic", factor=2., rope_theta=1e4)),
+           dict(rope_scaling=dict(type="linear", factor=2.), rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+           dict(rope_scaling=dict(rope_type="yarn", factor=4., original_max_position_embeddings=16)),
+           dict(rope_parameters=dict(rope_theta=1e4, factor=8.)),
+           dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))),
+           dict(head_dim=None), dict(quantization_config=dict(quant_method="fp8")), dict(num_hidden_layers="many")])
+
+
+def theirs(folder, config: dict):
+    "A model of Transformers' with the config as it is written; its folder says the config in just these words"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(json.dumps(config))))
+    for p in model.parameters(): torch.nn.init.normal_(p, 0, .2)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def difference(folder, model) -> float: return (load_model(folder)(TOKENS)[0] - model(TOKENS).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("kind", BASE)
+def test_what_is_read_is_computed_alike(kind, tmp_path):
+    "Whatever its config.json says, leaves out, or spells as older versions did"
+    for change in SAME[kind]: assert difference(tmp_path, theirs(tmp_path, BASE[kind] | change)) < 1e-4, change
+    for missing in ("n_positions", "n_layer") if kind == "gpt2" else ("head_dim", "max_position_embeddings"):
+        config = {k: v for k, v in BASE[kind].items() if k != missing}
+        assert difference(tmp_path, theirs(tmp_path, config)) < 1e-4, missing
+
+
+@pytest.mark.parametrize("kind", BASE)
+def test_what_would_be_computed_otherwise_is_refused(kind, tmp_path):
+    save_weights(GPT(ModelConfig(arch=kind, n_layer=2, n_head=2, n_embd=32, seq_len=64), 100), tmp_path)
+    for change in REFUSED[kind]:
+        (tmp_path / "config.json").write_text(json.dumps(BASE[kind] | change))
+        with pytest.raises(UsageError): print(change, load_model(tmp_path))
+
+
+@pytest.mark.parametrize("kind", BASE)
+def test_a_head_of_its_own_is_not_passed_over(kind, tmp_path):
+    theirs(tmp_path, BASE[kind] | dict(tie_word_embeddings=False))
+    (tmp_path / "config.json").write_text(json.dumps(BASE[kind] | dict(tie_word_embeddings=True)))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"): load_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = next(t for name, t in tensors.items()
+                                     if name.endswith(("wte.weight", "embed_tokens.weight"))).clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert difference(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path).eval()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", BASE)
+def test_shards_and_names_without_the_trunk_are_read(kind, tmp_path):
+    model = theirs(tmp_path, BASE[kind] | dict(tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert difference(tmp_path / "shards", model) < 1e-4
+    tensors = {k.removeprefix("transformer.").removeprefix("model."): v for k,
+               v in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert difference(tmp_path, model) < 1e-4
+
+
+@pytest.mark.parametrize("kind", BASE)
+def test_a_shorter_context_is_the_beginning_of_the_longer_one(kind, tmp_path):
+    model = theirs(tmp_path, BASE[kind])
+    short = load_model(tmp_path, seq_len=16)
+    with torch.no_grad(): assert (short(TOKENS[:, :16])[0] - model(TOKENS[:, :16]).logits).abs().max() < 1e-4
+    save_weights(short, tmp_path)
+    assert load_model(tmp_path).config.seq_len == AutoConfig.from_pretrained(tmp_path).max_position_embeddings == 16
+    with pytest.raises(UsageError, match="reads 16 tokens"): load_model(tmp_path, seq_len=17)
+
+
+def test_quantized_weights_adapters_and_pickles_are_told_apart(tmp_path):
+    model = theirs(tmp_path, BASE["gpt2"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: v.to(torch.int8) if v.ndim == 2 else v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="quantized"): load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="pickles") as refused: load_model(tmp_path)
+    train_tokenizer("byte", 257, ()).save(tmp_path)
+    line = shlex.split(str(refused.value).splitlines()[-1])  # the line of the message, as a person runs it
+    ran = subprocess.run([sys.executable, *line[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert difference(tmp_path / line[-1], model) < 1e-4 and Tokenizer.load(tmp_path / line[-1]).vocab_size == 257
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="LoRA"): load_model(tmp_path)
+
+
+# ---- tokens: a conversation reads the same before and after
+
+CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA = ("{{ bos_token }}{% for m in messages %}{{'<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+         "m['content'] | trim + '<|eot_id|>'}}{% endfor %}")
+MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+END = dict(__type="AddedToken", content="<|im_end|>", special=True, lstrip=False, rstrip=False, normalized=False,
+           single_word=False)
+FOLDERS = {  # special tokens, the way to cut, tokenizer_config.json, the ids that end a text
+    "qwen": (MARKS, SPLIT % "", dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>",
+                                     pad_token="<|endoftext|>", bos_token=None,
+             unk_token=None, add_bos_token=False, split_special_tokens=False, errors="replace", chat_template=CHATML),
+             [2, 0]),
+    "jinja": (MARKS, SPLIT % "", dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", chat_template="old"),
+              2),
+    "llama": (HEADERS, SPLIT % "{1,3}", dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|begin_of_text|>",
+              eos_token="<|eot_id|>", clean_up_tokenization_spaces=True, chat_template=LLAMA), [1, 2]),
+    "several": (MARKS, SPLIT % "", dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, chat_template=[
+        dict(name="default", template=CHATML), dict(name="rag", template="x")]), 2),
+    "gpt2": (["<|endoftext|>"], None, dict(model_max_length=1024), 0)}
+MESSAGES = [dict(role="user", content="Who are you? <think>"),
+            dict(role="assistant", content="  I don't know é e\u0301 1999")]
+
+
+def chat_folder(path, name: str):
+    "A model folder of a kind that is met on the hub"
+    special, cut, config, eos = FOLDERS[name]
+    path.mkdir()
+    backend = Backend(models.BPE(ignore_merges=name == "llama"))
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated")] if cut else []
+    on_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, on_bytes])
+    backend.decoder = decoders.ByteLevel()
+    if name in ("qwen", "jinja"): backend.normalizer = normalizers.NFC()
+    backend.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if name == "qwen":
+        backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
+    if name == "llama": backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    if name == "jinja": (path / "chat_template.jinja").write_text(CHATML)
+    torch.manual_seed(0)
+    sizes = dict(n_layer=1, n_head=2, n_embd=32, seq_len=64)
+    save_weights(GPT(ModelConfig(arch="gpt2" if name == "gpt2" else "qwen3", **sizes), backend.get_vocab_size() + 5),
+                 path, 0)
+    ids = dict(eos_token_id=eos, pad_token_id=0) if name != "llama" else dict(bos_token_id=0, eos_token_id=eos)
+    generation = dict(ids, temperature=0.6, top_p=0.95, transformers_version="4.51.0")
+    write_config(load_model(path), path, ids=ids, generation=generation)
+    return path
+
+
+def same_reading(before, after):
+    "The same ids for texts, marks and conversations, and the same tokens that begin, end and fill them"
+    a, b = AutoTokenizer.from_pretrained(before), AutoTokenizer.from_pretrained(after)
+    texts = ["Hello  world 123456", "<|im_start|>user\nhi<|im_end|>", "e\u0301 don't", "<|endoftext|>a",
+             "<|begin_of_text|>x", "\n\n  x"]
+    assert [a(t)["input_ids"] for t in texts] == [b(t)["input_ids"] for t in texts] and len(a) == len(b)
+    if a.chat_template:
+        def read(t):
+            return t.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=True,
+                                         return_dict=True)["input_ids"]
+        assert read(a) == read(b) and len(read(a)) > 20
+    for name in "bos_token", "eos_token", "pad_token", "unk_token":
+        assert getattr(a, name) in (None, getattr(b, name)), name
+    assert b.pad_token is not None
+    for file in "config.json", "generation_config.json":
+        one, other = (json.loads((folder / file).read_text()) for folder in (before, after))
+        for key in "bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_p":
+            assert one.get(key) == other.get(key), key
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_tokens_stay_what_the_folder_says(name, tmp_path):
+    before = chat_folder(tmp_path / "before", name)
+    tokenizer = Tokenizer.load(before)
+    for after in tmp_path / "checkpoint", tmp_path / "resumed":
+        tokenizer.save(after, 64)
+        write_config(load_model(before), after, ids=tokenizer.ids, generation=tokenizer.generation)
+        same_reading(before, after)
+        tokenizer = Tokenizer.load(after)
+    there, eos = AutoTokenizer.from_pretrained(after), FOLDERS[name][3]
+    assert tokenizer.encode_marked("<|im_start|>a") == there("<|im_start|>a", add_special_tokens=False)["input_ids"]
+    ends = eos if isinstance(eos, list) else [eos]
+    assert there.model_max_length == 64 and set(tokenizer.ends) == {*ends, tokenizer.eot_id}
+    assert (tokenizer.chat_template is None) == (name == "gpt2")
+
+
+def with_template(path, *, single: str, ids: dict[str, int]):
+    "A folder whose tokenizer puts something around each text"
+    folder = chat_folder(path, "llama")
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[*ids.items()])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("single", ["<|begin_of_text|> $A", "$A <|end_of_text|>", "$A", "<|eot_id|> $A",
+                                    "<|begin_of_text|> <|start_header_id|> $A <|end_of_text|>"])
+def test_what_the_tokenizer_puts_around_a_text_is_there_in_training_and_prompts(tmp_path, single):
+    folder = with_template(tmp_path / "t", single=single, ids=dict(zip(HEADERS, range(5))))
+    tokenizer, there = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    model, texts = load_model(folder), ["Hello  world 12", "<|begin_of_text|>x", "é東"]
+    whole = [there(t, split_special_tokens=True)["input_ids"] for t in texts]
+    prompts = [ids[:len(ids) - len(tokenizer.after)] for ids in whole]  # what comes after a text ends it
+    assert [tokenizer.encode_prompt(t) for t in texts] == prompts
+    assert [prompt_ids(model, tokenizer, t, Sampling()) for t in texts] == prompts
+    asked = completion({"prompt": [*texts, "", prompts[0]]}, Model("m", tokenizer, model.vocab_size, 64)).texts
+    assert [r.ids for r in asked] == [*prompts, tokenizer.before or [tokenizer.eot_id], prompts[0]]
+    eot, pieces = [tokenizer.eot_id], [("train", "Hello  ", False), ("val", texts[2], True),
+                                       ("train", "world 12", True), ("train", texts[1], True)]
+    write_tokens(tmp_path, iter(pieces), tokenizer)
+    train, val = (np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() for split in ("train", "val"))
+    def ours(ids): return ids[len(tokenizer.before) if tokenizer.before == eot else 0:] + eot
+    halves = tokenizer.encode("Hello  ") + tokenizer.encode("world 12")
+    assert val == eot + ours(whole[2]) and train[-len(ours(whole[1])):] == ours(whole[1])
+    assert train[:-len(ours(whole[1]))] == eot + ours(tokenizer.before + halves + tokenizer.after)
+
+
+@pytest.mark.parametrize("single, ids", [("<|eot_id|> $A", {"<|eot_id|>": 70_000}),
+                                         ("<|eot_id|> " * 9 + "$A", {"<|eot_id|>": 2})])
+def test_a_tokenizer_that_puts_what_makes_no_sense_around_a_text_is_refused(tmp_path, single, ids):
+    with pytest.raises(UsageError, match="tokens around each text"):
+        Tokenizer.load(with_template(tmp_path / "t", single=single, ids=ids))
+
+
+# ---- the program: folders and names of a hub
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory): return workspace.init(tmp_path_factory.mktemp("pretrained"))
+
+
+TINY = ["--config", "tiny", "--max-steps", "3", "--eval-every", "0", "--sample-every", "0"]
+
+
+def test_a_chat_model_of_the_hub_is_trained_and_still_chats(space, tmp_path):
+    with Hub() as hub:
+        hub.add_model("someone/chatty", before := chat_folder(tmp_path / "before", "qwen"))
+        where = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
+        ran = program(space, "train", *TINY, "--name", "chat", "--init-from", "someone/chatty", "--seq-len", "32",
+                      **where)
+        assert ran.returncode == 0 and "Fetching someone/chatty" in ran.stderr, ran.stderr
+        asked = len(hub.requests)
+        ran = program(space, "train", *TINY, "--dry-run", "--json", "--init-from", "someone/chatty", "--offline",
+                      **where)
+        assert ran.returncode == 0 and len(hub.requests) == asked, ran.stderr
+        record = json.loads((space.runs / "chat/meta.json").read_text())["config"]
+        assert record["training"]["init_from"] == record["data"]["tokenizer"] == f"someone/chatty@{REVISION}"
+        assert record["model"]["seq_len"] == 32
+    out = tmp_path / "out"
+    assert program(space, "export", "chat", "--out", str(out)).returncode == 0
+    same_reading(before, out)
+    assert "base_model: someone/chatty\n" in (out / "README.md").read_text()
+    assert AutoConfig.from_pretrained(out).max_position_embeddings == 32
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 32
+
+
+@pytest.mark.parametrize("name, code, words", [
+    ("someone/nothing", 3, "no model someone/nothing on the hub"),
+    ("someone/pickled", 2, "from_pretrained(sys.argv[1])"),
+    ("someone/chatty@nope", 3, "no revision nope"), ("./someone/chatty", 3, "does not exist")])
+def test_a_name_that_gives_no_model_leaves_nothing(space, tmp_path, name, code, words):
+    with Hub() as hub:
+        hub.add_model("someone/chatty", chat_folder(tmp_path / "before", "qwen"))
+        (pickled := tmp_path / "pickled").mkdir()
+        (pickled / "pytorch_model.bin").write_bytes(b"\x80")
+        hub.add_model("someone/pickled", pickled)
+        there = sorted(space.root.rglob("*"))
+        ran = program(space, "train", *TINY, "--init-from", name, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
+        assert ran.returncode == code and words in ran.stderr, ran.stderr
+        assert sorted(space.root.rglob("*")) == there and not any(".bin" in request for request in hub.requests)
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused_before_there_is_a_run(space, tmp_path):
+    folder, runs = chat_folder(tmp_path / "model", "qwen"), list(space.runs.iterdir())
+    train_tokenizer("bpe", 700, [TEXT + " ".join(f"w{i} x{i * 7}" for i in range(900))]).save(folder)
+    ran = program(space, "train", *TINY, "--init-from", str(folder))
+    assert ran.returncode == 2 and "they don't belong together" in ran.stderr and list(space.runs.iterdir()) == runs
+
+
+def test_the_plan_of_a_model_of_600_million_parameters_is_quick(space, tmp_path):
+    "Nothing of its weights is read, and the speed is measured on a slice of it"
+    folder = chat_folder(tmp_path / "model", "qwen")
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_theta=1000000, rms_norm_eps=1e-6,
+        tie_word_embeddings=True)))
+    short = ["--batch-size", "1", "--seq-len", "512"]
+    ran = program(space, "train", "--config", "tiny", *short, "--dry-run", "--json", "--init-from", str(folder))
+    assert ran.returncode == 0, ran.stderr
+    plan = json.loads(ran.stdout)
+    assert (plan["parameters"], plan["vocab_size"]) == (596_049_920, 151936)
+    assert plan["config"]["model"]["seq_len"] == 512

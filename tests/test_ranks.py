@@ -1,0 +1,71 @@
+"""A run on two processes: a rank that dies ends all, is named, and the run goes on with another number of them."""
+import os
+import signal
+
+import pytest
+from conftest import until
+
+from llm_trainer.config import load_config
+from llm_trainer.errors import UsageError
+from llm_trainer.runs import launch, worker
+from llm_trainer.runs.queue import choose_devices, lock_names
+from llm_trainer.system import process
+
+
+def tiny(**knobs): return load_config("tiny").replace(threads=1, sample_every=0, eval_every=0, save_every=5, **knobs)
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_alone(space):
+    run = launch.start(tiny(epochs=1000), space, "pair", devices="2")
+    until(lambda: run.state().step >= 6 or not run.locked)
+    ranks, attempt = run.state().ranks, run.attempts()[-1]
+    assert [rank["device"] for rank in ranks] == ["cpu", "cpu"] and run.state().strategy == "ddp"
+    assert (attempt["world_size"], attempt["devices"]) == (2, ["cpu", "cpu"])
+    assert run.state().pid not in [r["pid"] for r in ranks]
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    until(lambda: not run.locked)
+    state = run.status()
+    assert state.status == "failed" and state.reason["code"] == "rank_lost"
+    assert "Rank 1 (cpu)" in state.reason["message"]
+    until(lambda: all(process.process_state(rank["pid"]) in (None, "zombie") for rank in ranks))
+    plan = launch.plan_resume(run, space, devices="1", changes={"max_steps": 12, "epochs": 1})
+    assert plan.from_step >= 5 and "instead of 2" in str(plan)
+    again = launch.resume(run, space, devices="1", changes={"max_steps": max(12, plan.from_step + 2)}, background=False)
+    assert worker.work(again, space) == 0 and again.status().status == "completed"
+
+
+def test_a_dry_run_says_how_several_devices_would_share_it(space):
+    from llm_trainer.cli import doctor, estimate
+    alone, pair = (estimate.estimate(tiny(), space, devices) for devices in (None, "2"))
+    assert (alone["strategy"], pair["strategy"], pair["devices"]) == ("none", "ddp", ["cpu", "cpu"])
+    assert pair["memory"]["activations"] < alone["memory"]["activations"]
+    assert pair["memory_available"] * 2 <= alone["memory_available"]
+    assert pair["tokens_per_step"] == alone["tokens_per_step"]
+    assert pair["tokens_per_step"] == round(pair["step_seconds"] * pair["tokens_per_second"])
+    shared = estimate.estimate(tiny(strategy="fsdp"), space, "4")
+    assert shared["memory"]["optimizer"] < pair["memory"]["optimizer"] and "asked for" in shared["why"]
+    apart = estimate.estimate(tiny(), space, ["cpu"] * 4, 2)  # two machines
+    assert apart["memory_available"] == pair["memory_available"] and 0 <= apart["waited"] < 1
+    assert "2 (cpu), ddp" in estimate.report(pair) and "on each" in estimate.report(pair)
+    assert "on each" not in estimate.report(alone)
+    with pytest.raises(UsageError, match="can't share"): estimate.estimate(tiny(), space, "3")
+    found = doctor.examine()
+    assert found["devices"][0]["name"] == "cpu" and "--devices 2" in doctor.report(found)
+
+
+def test_devices_are_chosen_and_refused(tmp_path, monkeypatch):
+    cpu, gpu = {"training": {"device": "cpu"}}, {"training": {"device": "cuda"}}
+    assert choose_devices(None, cpu, tmp_path) == ["cpu"] and choose_devices("3", cpu, tmp_path) == ["cpu"] * 3
+    assert choose_devices(None, cpu, tmp_path, ["cpu", "cpu"]) == ["cpu", "cpu"]
+    assert choose_devices("auto", cpu, tmp_path) == ["cpu"]
+    for wrong in ("0", "0,1", "two", "-1", ""):
+        with pytest.raises(UsageError): choose_devices(wrong, cpu, tmp_path)
+    monkeypatch.setattr(process, "gpus", lambda: ["GPU-a", "GPU-b", "GPU-c"])
+    assert choose_devices("2", gpu, tmp_path) == ["cuda:0", "cuda:1"]
+    assert choose_devices("0,2", gpu, tmp_path) == ["cuda:0", "cuda:2"]
+    assert choose_devices("auto", gpu, tmp_path) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert lock_names(["cuda:2"], gpu) == ["GPU-c"]
+    for wrong in ("4", "0,3", "1,1"):
+        with pytest.raises(UsageError): choose_devices(wrong, gpu, tmp_path)
+    with pytest.raises(UsageError, match="can't share 5 sequences"): launch.take_devices("2", {"training": dict(
+        device="cpu", batch_size=5, grad_accum_steps=1)}, tmp_path)

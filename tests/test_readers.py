@@ -1,0 +1,411 @@
+"""Every form that text comes in: read, or named as left out, or refused with the line that mends it."""
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+from hearing import Heard
+
+
+from llm_trainer.data.sources import first_look, local_paths, open_corpus, open_files
+from llm_trainer.data.tables import choose_column, look, rows_of, text_of, texts_of
+from llm_trainer.data.tokenizer import Tokenizer, bpe_backend, broken, train_tokenizer
+from llm_trainer.errors import DataError, NotFoundError, UsageError
+from llm_trainer.events import silent
+
+TALES = [f"Tale {i}: «é», \"quotes\", a comma\nand a second line; {'x' * (i % 50)}" for i in range(300)]
+
+
+def wish(dataset, **more):
+    return SimpleNamespace(**{"dataset": str(dataset), "text_column": None, "val_fraction": 0.1, **more})
+def opened(path, tmp_path, emit=silent, **more): return open_corpus(wish(path, **more), tmp_path / "data", emit)
+def texts(corpus): return [text for split in ("train", "val") for text in corpus.documents(split)]
+
+
+def whole(corpus): return list(corpus.whole().documents("train"))
+
+
+def zst(path, data: bytes):
+    with pa.output_stream(str(path), compression="zstd") as f: f.write(data)
+
+
+def write_table(path, rows: list[dict]) -> None:
+    "The same rows in whatever kind of table the name asks for"
+    names, kind = list(rows[0]), path.name.split(".")[1]
+    if kind == "parquet": return pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
+    if kind in ("arrow", "feather"):
+        table = pa.Table.from_pylist(rows)
+        make = pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file
+        with make(str(path), table.schema) as f: f.write_table(table, 64)
+        return None
+    if kind == "json": text = json.dumps(rows)
+    elif kind in ("jsonl", "ndjson"): text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        import io
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, names, delimiter="\t" if kind == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    if path.suffix == ".gz": path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".zst": zst(path, text.encode())
+    else: path.write_bytes(text.encode())
+
+
+# -- tables
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow",
+                                  "a.feather", "a.jsonl.gz", "a.csv.zst", "a.json.gz", "a.tsv.zst"])
+def test_every_kind_of_table_gives_the_same_documents(tmp_path, name):
+    rows = [{"id": i, "body": tale.replace("\n", "\r\n") if "csv" in name else tale} for i, tale in enumerate(TALES)]
+    write_table(tmp_path / name, rows)
+    said = Heard()
+    corpus = opened(tmp_path / name, tmp_path, said)
+    assert whole(corpus) == [row["body"] for row in rows] and corpus.column == "body"
+    assert any("'body'" in message for message in said)
+
+
+def test_a_null_in_the_first_rows_does_not_choose_the_column(tmp_path):
+    rows = [{"id": i, "title": "x", "text": None if i < 1500 else "a longer text"} for i in range(1600)]
+    for name in ("a.jsonl", "a.parquet"):
+        write_table(tmp_path / name, rows)
+        assert opened(tmp_path / name, tmp_path).column == "text"
+    late = [{"title": "x", "body": None if i < 1500 else "a longer text " * 30} for i in range(1600)]
+    assert choose_column(look(late), "x") == "body"
+
+
+def test_nested_columns_and_templates(tmp_path):
+    rows = [{"doc": {"text": f"text {i}", "title": f"title {i}"}, "year": 1900 + i} for i in range(40)]
+    for name in ("a.jsonl", "a.parquet", "a.arrow"):
+        write_table(tmp_path / name, rows)
+        assert list(texts_of(tmp_path / name, "doc.text"))[3] == "text 3"
+        assert list(texts_of(tmp_path / name, "{doc.title}\\n{{{year}}} {doc.text}"))[3] == "title 3\n{1903} text 3"
+        assert whole(opened(tmp_path / name, tmp_path, text_column="doc.text"))[0] == "text 0"
+        with pytest.raises(DataError, match="it has: doc.text, doc.title, year"):
+            opened(tmp_path / name, tmp_path, text_column="doc.body")
+    assert text_of("{a}{b}")({"a": None, "b": "x"}, "row") == "x"
+    with pytest.raises(DataError, match="holds"): text_of("{a}")({"a": ["list"]}, "row 7")
+
+
+@pytest.mark.parametrize("content, text", [
+    (b"text\nHello, world\n", "Hello, world"), (b"id;text\n1;x, y\n", "x, y"),
+    (b"text\tid\nsome \"quoted\" words\t1\n", 'some "quoted" words')])
+def test_csv_as_people_write_it(tmp_path, content, text):
+    path = tmp_path / ("a.tsv" if b"\t" in content else "a.csv")
+    path.write_bytes(content)
+    assert whole(opened(path, tmp_path)) == [text]
+
+
+@pytest.mark.parametrize("content, says", [
+    (b'a,text\n1,"x"\n2,y,z\n', "3 cells"), (b'a,text\n1,"never ends\n2,y\n', "is not CSV")])
+def test_csv_that_means_nothing_is_refused(tmp_path, content, says):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=says): opened(tmp_path / "a.csv", tmp_path)
+
+
+def test_json_of_every_shape(tmp_path):
+    path = tmp_path / "a.json"
+    for content in ('[{"text": "one"}, {"text": "two"}]', '{"text": "one"}\n{"text": "two"}', '["one", "two"]',
+                    '{"text":"one"} {"text":"two"}'):
+        path.write_text(content)
+        assert [row["text"] for _, row in rows_of(path)] == ["one", "two"]
+    for content, says in (("[1, 2]", "not a JSON object"), ('[{"text": "a"}, {"te', "not JSON|cut off"),
+                          ("[" * 100_000, "not JSON"),
+                          ('[{"text": "a"} oops]', "not JSON"), ('[{"text": "a"}', "cut off"), ("", "holds no text")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=says): opened(path, tmp_path)
+
+
+def test_a_large_list_is_read_piece_by_piece(tmp_path):
+    rows = [{"text": f"{i} é " * 50} for i in range(3000)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
+    assert [row for _, row in rows_of(tmp_path / "a.json")] == rows
+
+
+# -- folders
+
+def test_a_folder_of_everything(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / "code" / "deep").mkdir(parents=True)
+    for name, content in {"a.txt": "plain", "b.md": "# marked", "c.rst": "down", "LICENSE": "free",
+                          "code/x.py": "print()", "code/deep/y.c": "int",
+                          "code/package.json": '{"name": "x", "version": "1"}',
+                          "t.csv": "id,text\n1,cell\n", "numbers.csv": "a,b\n1,2\n"}.items():
+        (folder / name).write_text(content)
+    (folder / "p.txt.gz").write_bytes(gzip.compress(b"packed"))
+    (folder / "cover.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (folder / "paper.pdf").write_bytes(b"%PDF-1.4\n\xe2\xe3\0")
+    (folder / "empty.txt").touch()
+    (folder / ".hidden").write_text("no")
+    (folder / "link.txt").symlink_to("a.txt")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "dangling").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    server = socket.socket(socket.AF_UNIX)
+    os.chdir(folder)
+    server.bind("sock")
+    os.chdir("/")
+    said = Heard()
+    corpus = opened(folder, tmp_path, said)
+    assert sorted(whole(corpus)) == sorted(["plain", "# marked", "down", "free", "print()", "int", "cell", "packed"])
+    assert corpus.left_out == {"png": 1, "pdf": 1, "empty": 1, "hidden": 1, "link": 2, "dangling link": 1,
+                               "named pipe": 1, "socket": 1, "json without text": 1, "csv without text": 1}
+    assert any("Left out of " in message and "1 png" in message for message in said)
+    server.close()
+
+
+def test_a_named_pipe_or_device_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(DataError, match="must be a file"): first_look(wish(path), tmp_path)
+
+
+def test_links_are_followed_where_the_user_named_them_and_nowhere_else(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.txt").write_text("public")
+    (tmp_path / "f" / "b.txt").symlink_to(secret)
+    (tmp_path / "to-f").symlink_to(tmp_path / "f")
+    assert whole(opened(tmp_path / "to-f", tmp_path)) == ["public"]
+    assert whole(opened(tmp_path / "f" / "b.txt", tmp_path)) == ["secret"]
+
+
+def test_several_paths_are_one_corpus(tmp_path, monkeypatch):
+    for name in ("a.txt", "with,comma.txt", "d/c.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    found = local_paths("a.txt,with,comma.txt, d/", tmp_path / "data")
+    assert [str(p) for p in found] == ["a.txt", "with,comma.txt", "d"]
+    assert sorted(whole(opened("a.txt,d,with,comma.txt", tmp_path))) == ["a.txt", "d/c.md", "with,comma.txt"]
+    with pytest.raises(NotFoundError, match="b.txt"): local_paths("a.txt,b.txt", tmp_path / "data")
+    with pytest.raises(DataError, match="A mix is a list"): local_paths("a.txt,python-docs", tmp_path / "data")
+
+
+def test_a_mistyped_name_is_refused_without_a_network(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "books").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, says in (("note.txt", "Did you mean notes.txt"), ("boks", "Did you mean books"),
+                       ("books/x", "no file or folder"), ("imdb", "owner/imdb"),
+                       ("python-dosc", "python-docs"), ("./x/y", "no file"), ("a/b/c", "no file")):
+        with pytest.raises(NotFoundError, match=says): first_look(wish(name), tmp_path / "data")
+    assert local_paths("someone/tales", tmp_path) is None and local_paths("wikitext-2", tmp_path) is None
+
+
+# -- encodings
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "cp1251", "utf-16", "utf-16-le", "shift_jis", "gb18030"])
+def test_another_encoding_is_refused_with_the_line_that_mends_it(tmp_path, encoding):
+    language = {"cp1251": "Все счастливые семьи похожи друг на друга. ",
+                "shift_jis": "吾輩は猫である。名前はまだ無い。どこで生れたか。",
+                "gb18030": "这是一个很长的故事，他在中国的时候说的。"}.get(
+                    encoding, "Où est passé le garçon ? « Là-bas », dit-elle. ")
+    (tmp_path / "a b.txt").write_bytes((language * 200).encode(encoding))
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "x.md").write_bytes((language * 200).encode(encoding))
+    for path, mended in ((tmp_path / "a b.txt", tmp_path / "utf8-a b.txt"), (tmp_path / "n", tmp_path / "n")):
+        with pytest.raises(DataError, match="is not UTF-8") as e: opened(path, tmp_path)
+        subprocess.run(str(e.value).split("Convert it: ")[1], shell=True, check=True)
+        assert "".join(text for _, text, _ in opened(mended, tmp_path).pieces()) == language * 200
+
+
+def test_latin_1_behind_a_long_ascii_beginning_is_refused_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"plain words " * 20_000 + "é à ç".encode("latin-1"))
+    with pytest.raises(DataError, match="CP1252"): opened(tmp_path / "a.txt", tmp_path)
+    (tmp_path / "b.csv").write_bytes("id,text\n1,été\n".encode("latin-1"))
+    with pytest.raises(DataError, match="CP1252"): opened(tmp_path / "b.csv", tmp_path)
+
+
+# -- the share held out
+
+def sizes(corpus):
+    return {split: sum(len(t.encode()) for _, t, _ in corpus.pieces(split)) for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("lengths", [[200_000, 900], [40_000] * 5, [30_000] * 6 + [100], [10] * 3000, [1] * 500
+                                     + [100_000, 50]])
+def test_the_share_is_one_of_bytes(tmp_path, lengths):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    rng = random.Random(1)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": "".join(rng.choices("abcdé ", k=n))}) + "\n"
+                                            for n in lengths))
+    corpus = opened(folder, tmp_path)
+    size = sizes(corpus)
+    assert sum(size.values()) == corpus.count["bytes"] and abs(size["val"] / corpus.count["bytes"] - 0.1) < 0.02
+
+
+def test_documents_stay_on_their_side_as_the_corpus_grows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    documents = [f"document {i} of many" for i in range(2000)]
+    write_table(path, [{"text": d} for d in documents])
+    before = set(opened(path, tmp_path).documents("val"))
+    write_table(path, [{"text": d} for d in documents + [f"a new one {i}" for i in range(500)]])
+    after = opened(path, tmp_path)
+    assert before == set(after.documents("val")) & set(documents) and len(before) > 100
+    assert after.rule == "share 0.1"
+
+
+def test_parts_of_large_documents_are_divided_by_the_end_of_a_document(tmp_path):
+    for name in "abc": (tmp_path / f"{name}.txt").write_text(f"{name} " * 5000)
+    pieces = list(opened(f"{tmp_path}/a.txt,{tmp_path}/b.txt,{tmp_path}/c.txt", tmp_path).pieces())
+    assert [sum(last for split, _, last in pieces if split == s) for s in ("train", "val")] == [3, 3]
+
+
+def test_the_first_rule_still_splits_as_it_did(tmp_path):
+    "Fingerprints taken with version 0.1.0, of a book, a folder and a table"
+    (tmp_path / "f").mkdir()
+    (tmp_path / "book.txt").write_text("".join(f"line {i}, ünïcödé\n" for i in range(3000)), encoding="utf-8")
+    for i in range(30): (tmp_path / "f" / f"{i}.txt").write_text(f"note {i} " * (i + 1))
+    (tmp_path / "f" / "new.md").write_text("the first rule knows no .md")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"id": i, "story": f"tale {i}"}) + "\n"
+                                                 for i in range(200)))
+    found = {}
+    for name in ("book.txt", "f", "rows.jsonl"):
+        corpus = open_files(tmp_path / name, tmp_path / "data", val_fraction=0.1, emit=silent, version=1)
+        found[name] = corpus.rule, corpus.fingerprint[:16], sizes(corpus)["val"]
+    assert found == FIRST
+
+
+FIRST = {'book.txt': ('tail 0.1', '4fc626ad3709979c', 6789), 'f': ('hash 0.1', 'd8c928002b537860', 312),
+         'rows.jsonl': ('hash 0.1', 'ca83159f40d98f90', 144)}
+
+
+# -- learning a tokenizer
+
+def drawn(signs): return lambda rng, n: "".join(rng.choices(signs, k=n))
+def signs(first, last): return "".join(map(chr, range(first, last)))
+
+
+WITHOUT_BREAKS = {
+    "chinese": drawn(signs(0x4e00, 0x5000)), "thai": drawn(signs(0xe01, 0xe4f)),
+    "emoji": drawn(signs(0x1f600, 0x1f640)),
+    "base64": lambda rng, n: base64.b64encode(rng.randbytes(n * 3 // 4)).decode(), "hex": drawn("0123456789abcdef"),
+    "dna": drawn("ACGT"),
+    "digits": drawn("0123456789"), "fractions": drawn("1½"), "dashes": drawn("-"), "underscores": drawn("_"),
+    "control": drawn("-\x1c\x1f"), "marks": drawn("e\u0301"), "blanks": drawn(" \t\u3000")}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BREAKS)
+def test_learning_is_linear_on_text_without_breaks(kind):
+    "A merge reads a word from end to end, so the work is the square of a word's bytes: it grows as the text does"
+    words = bpe_backend([], 257).pre_tokenizer
+
+    def work(n: int) -> tuple[int, int]:
+        text = WITHOUT_BREAKS[kind](random.Random(0), n)
+        assert "".join(parts := list(broken(text))) == text
+        lengths = [len(word) for part in parts for word,
+                   _ in words.pre_tokenize_str(part)]  # a byte is a character there
+        return sum(length ** 2 for length in lengths), max(lengths)
+    (short, _), (long, longest) = work(10_000), work(80_000)
+    assert long < 9 * short and longest <= 1024
+
+
+def test_ordinary_text_is_not_cut():
+    for text in ("Donaudampfschifffahrtsgesellschaftskapitän " * 9, "-" * 80, "https://example.org/" + "a/" * 200,
+                 " " * 200): assert list(broken(text)) == [text]
+
+
+# -- what other programs keep
+
+def test_token_files_are_refused_with_a_way_that_works(tmp_path):
+    import numpy as np
+    tokenizer = train_tokenizer("bpe", 300, ["the way there and back again " * 20])
+    tokenizer.save(tmp_path)
+    ids = tokenizer.encode("the way there") + [tokenizer.eot_id] + tokenizer.encode("and back") + [tokenizer.eot_id]
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(ids)
+    (tmp_path / "nano.bin").write_bytes(np.array(ids, np.uint16).tobytes())
+    (tmp_path / "llmc.bin").write_bytes(header.tobytes() + np.array(ids, np.uint16).tobytes())
+    for name in ("nano", "llmc"):
+        with pytest.raises(DataError, match="token numbers") as e: first_look(wish(tmp_path / f"{name}.bin"), tmp_path)
+        command = str(e.value).split(":\n", 1)[1].replace("python -c", f"{sys.executable} -c", 1)
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+        assert [row["text"] for _, row in rows_of(tmp_path / f"{name}.jsonl")] == ["the way there", "and back"]
+
+
+def test_tokenizers_of_other_programs_are_refused_with_the_way(tmp_path):
+    (tmp_path / "x.tiktoken").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0")
+    with pytest.raises(UsageError, match="tiktoken"): Tokenizer.load(tmp_path / "x.tiktoken")
+    with pytest.raises(UsageError, match="sentencepiece"): Tokenizer.load(tmp_path / "tokenizer.model")
+    with pytest.raises(UsageError, match="sentencepiece"): Tokenizer.load(tmp_path)
+
+
+# -- bombs and damage
+
+def test_what_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_trainer.data.readers.SMALL_BOMB", 1 << 20)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * (8 << 20), 9))
+    with pytest.raises(DataError, match="unpack"): opened(tmp_path / "a.txt.gz", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.feather", "a.csv.gz"])
+def test_a_file_that_is_cut_off_is_refused(tmp_path, name):
+    rows = [{"text": tale} for tale in TALES]
+    if name == "a.txt.gz": (tmp_path / name).write_bytes(gzip.compress("".join(TALES).encode()))
+    else: write_table(tmp_path / name, rows)
+    data = (tmp_path / name).read_bytes()
+    for damaged in (data[:len(data) * 2 // 3], data[:40], b"garbage"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged|cut off|not JSON"): opened(tmp_path / name, tmp_path)
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_trainer.data.readers.LONGEST", 1 << 20)
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * (3 << 20))
+    with pytest.raises(DataError, match="line of more than"): opened(tmp_path / "a.jsonl", tmp_path)
+
+
+# -- on the command line
+
+def test_prepare_says_what_became_of_the_text(space, tmp_path, capsys, monkeypatch):
+    from llm_trainer.cli import commands
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.md").write_text("Grüße aus 東京 und anderswo. " * 100)
+    (folder / "b.txt").write_text("plain words, again and again. " * 400)
+    (folder / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    assert commands.main(["prepare", "--config", "tiny", "--dataset", str(folder), "--json", "--show", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["left_out"] == {"png": 1} and abs(found["val_share"] - 0.1) < 0.01
+    assert found["val_tokens"] < found["train_tokens"]
+    assert "".join(found["documents"][0]["text"]).startswith("Grüße aus 東京 und")
+    assert found["lengths"]["documents"] == 2
+    monkeypatch.setattr("llm_trainer.cli.render.coloured", lambda: True)
+    assert commands.main(["prepare", "--config", "tiny", "--dataset", str(folder), "--show", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "bytes per token" in out and "left out   1 png" in out and "2 documents, from" in out
+    assert out.count("\x1b[44;97m") > 5
+
+
+def test_evaluate_reads_the_whole_of_a_text_in_its_column(space, tmp_path):
+    from llm_trainer.config import Config
+    from llm_trainer.model.huggingface import save_weights
+    from llm_trainer.model.transformer import GPT
+    from llm_trainer.training.evaluate import measure
+    tokenizer = train_tokenizer("bpe", 300, ["Tale after tale after tale. " * 20])
+    (tmp_path / "m").mkdir()
+    shape = Config.from_dict({"model": dict(n_layer=1, n_head=2, n_embd=16, seq_len=16)}).model
+    save_weights(GPT(shape, tokenizer.vocab_size), tmp_path / "m", tokenizer.eot_id)
+    tokenizer.save(tmp_path / "m")
+    write_table(tmp_path / "a.jsonl", [{"one": tale, "two": "x" * len(tale)} for tale in TALES[:40]])
+    asked = dict(data=str(tmp_path / "a.jsonl"), device="cpu", emit=silent)
+    with pytest.raises(DataError, match="--text-column"): measure(tmp_path / "m", space, {}, **asked)
+    found = measure(tmp_path / "m", space, {}, **asked, text_column="one")
+    assert found["tokens"] == sum(len(tokenizer.encode(tale)) + 1 for tale in TALES[:40])
+    assert found["bytes"] == sum(len(tale.encode()) for tale in TALES[:40])

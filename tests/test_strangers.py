@@ -1,0 +1,327 @@
+"""What happens around a run: viewers that go away, signals of others, a ground that moves, records of strangers."""
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, until  # noqa: F401
+
+from llm_trainer import workspace
+from llm_trainer.runs import launch, worker
+from llm_trainer.runs.run import Run, create_run, find_run
+from llm_trainer.runs.writer import RunWriter
+from llm_trainer.system import locks, process
+
+
+# Signals
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+                                    signal.SIGALRM])
+def test_a_signal_that_would_end_a_process_saves_and_stops(space, signum):  # noqa: F811
+    run, process = stand_in(space, "training", 1)
+    process.send_signal(signum)
+    assert process.wait() == 128 + signum
+    assert run.status().status == "stopped" and run.state().checkpoint_step == 1
+
+
+def test_a_background_run_does_not_hear_that_the_terminal_closed(space):  # noqa: F811
+    code = STAND_IN.replace("import hashlib,", "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\nimport "
+                                               "hashlib,")
+    run = create_run(space.runs, tiny().to_dict())
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(run.folder), "training", "1"])
+    until(lambda: (run.folder / "busy").exists())
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTSTP)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert run.status().status == "running"
+    run.request("stop")
+    assert process.wait() == 0
+
+
+def test_several_signals_at_once_are_one_request(space):  # noqa: F811
+    run, process = stand_in(space, "training", 10**6)
+    for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1): process.send_signal(signum)
+    assert process.wait() in (143, 130, 138) and run.state().checkpoint_step == 1
+
+
+def test_stop_wakes_a_suspended_run(space):  # noqa: F811
+    run, child = stand_in(space, "training", 1)
+    child.send_signal(signal.SIGSTOP)
+    until(lambda: process.process_state(child.pid) == "stopped")
+    assert launch.stop(run).status == "stopped" and child.wait() == 0 and run.state().checkpoint_step == 1
+
+
+# Viewers
+
+def test_what_a_viewer_throws_is_not_the_runs(space):  # noqa: F811
+    run = launch.start(tiny(), space, background=False)
+    def broken(shown): raise BrokenPipeError
+    last = event("finished", status="completed", code=None, message=None)
+    assert worker.work(run, space, broken, events=lambda writer: iter([step(1), last])) == 0
+    assert run.status().status == "completed"
+
+
+TALKS = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from llm_trainer.cli import viewer
+from llm_trainer.system import process
+process.prepare()
+with viewer.attached():
+    for i in range(50_000): print("line", i, "of a long story that nobody reads")
+open(sys.argv[2], "w").write("told")
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "nobody reads", "reader left", "full disk"])
+def test_nobody_has_to_listen(tmp_path, how):
+    if how == "full disk" and not os.path.exists("/dev/full"): pytest.skip("needs /dev/full")
+    words = [sys.executable, "-c", TALKS, str(ROOT), str(tmp_path / "done")]
+    if how == "closed": child = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words])
+    elif how == "full disk": child = subprocess.Popen(words, stdout=open("/dev/full", "w"), stderr=subprocess.STDOUT)
+    else:
+        child = subprocess.Popen(words, stdout=subprocess.PIPE)
+        if how == "reader left": child.stdout.close()
+    assert child.wait(60) == 0 and (tmp_path / "done").read_text() == "told"
+
+
+def test_a_reader_gets_every_line(tmp_path):
+    words = [sys.executable, "-c", TALKS.replace("50_000", "2_000"), str(ROOT), str(tmp_path / "done")]
+    found = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    assert len(found) == 2000 and found[-1].startswith("line 1999 ")
+
+
+def test_training_goes_on_to_its_end_without_its_pipe(space):  # noqa: F811
+    "The real program, its output a pipe that is full from the beginning and that nobody reads"
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True: os.write(write, b"x" * 4096)
+    except BlockingIOError: pass
+    os.set_blocking(write, True)
+    words = [sys.executable, "-m", "llm_trainer", "train", "--config", "tiny", "--max-steps", "3", "--name", "unread",
+             "--threads", "1"]
+    child = subprocess.Popen(words, cwd=space.root, stdout=write, stderr=write,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(write)
+    assert child.wait(300) == 0 and find_run(space.runs, "unread").status().status == "completed"
+    os.close(read)
+
+
+def test_a_lock_is_never_a_standard_stream(tmp_path):
+    code = ("import os,sys; sys.path.insert(0, sys.argv[1]); from llm_trainer.system.locks import Lock; os.close(0)\n"
+            "lock = Lock(sys.argv[2]); lock.acquire(); sys.exit(lock.fileno() < 3)")
+    assert subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path / "lock")]).returncode == 0
+
+
+# The ground
+
+def test_a_moved_workspace_takes_its_run_along(space):  # noqa: F811
+    run, process = stand_in(space, "training", 1)
+    there = space.root.with_name("elsewhere")
+    space.root.rename(there)
+    assert process.wait() == 1 and not space.root.exists()
+    state = find_run(workspace.open_workspace(there).runs, run.id).status()
+    assert (state.status, state.reason["code"]) == ("failed", "moved") and str(there) in state.reason["message"]
+
+
+def test_checkpoints_go_where_their_folder_went(tmp_path):
+    from llm_trainer.training.checkpoint import Checkpoints
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    store = Checkpoints(tmp_path / "a/checkpoints/x", "x")
+    store.hold()
+    (tmp_path / "a").rename(tmp_path / "b")
+    def write(folder): (folder / "model.safetensors").write_bytes(b"weights")
+    assert store.save(1, write).path == tmp_path / "b/checkpoints/x/step-00000001" and not (tmp_path / "a").exists()
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(OSError): store.save(2, write)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_deleted_run_ends_and_makes_nothing(space):  # noqa: F811
+    run = create_run(space.runs, tiny().to_dict())
+    words = [sys.executable, "-c", STAND_IN, str(ROOT), str(run.folder), "training", "1"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    until(lambda: (run.folder / "busy").exists())
+    shutil.rmtree(run.folder)
+    said = process.communicate()[1]
+    assert process.returncode == 1 and "was deleted" in said and run.id in said and not run.folder.exists()
+
+
+def test_a_queue_whose_folder_is_deleted_is_made_again(space):  # noqa: F811
+    run = launch.start(tiny(), space, background=False)
+    launch.Queue(space.runs, run.config()).take_ticket(run)
+    blocked = iter([True, False])
+    def stolen(self, asked):
+        if next(blocked): return bool(shutil.rmtree(space.runs / ".queue"))
+        return original(self, asked)
+    original, launch.Queue.try_acquire = launch.Queue.try_acquire, stolen
+    try:
+        last = event("finished", status="completed", code=None, message=None)
+        assert worker.work(run, space, events=lambda w: iter([last])) == 0
+    finally: launch.Queue.try_acquire = original
+    assert (space.runs / ".queue").is_dir() and run.status().status == "completed"
+
+
+# The last word
+
+@pytest.mark.parametrize("broken", ["say", "finish", "update"])
+def test_an_error_while_an_error_is_told_leaves_a_reason(space, monkeypatch, broken):  # noqa: F811
+    run = launch.start(tiny(), space, background=False)
+    def fail(*_, **__): raise MemoryError("not even this")
+    def events(writer):
+        yield step(1)
+        monkeypatch.setattr(RunWriter, broken, fail)
+        raise ValueError("the first trouble")
+    assert worker.work(run, space, events=events) == 1
+    state = Run(run.folder).status()
+    assert state.status == "failed" and state.reason["message"]
+
+
+def test_an_end_that_does_not_come_is_made(space):  # noqa: F811
+    code = STAND_IN.replace('while "stop" not in writer.requests(): time.sleep(0.01)',
+                            "raise ValueError('stuck')").replace(
+        "def events(writer):", "def hang(*_):\n    while True: time.sleep(1)\n"
+        "worker.failure = hang\nworker.LAST_WORD = 1\n\ndef events(writer):")
+    run = create_run(space.runs, tiny().to_dict())
+    child = subprocess.run([sys.executable, "-c", code, str(ROOT), str(run.folder), "training", "1"],
+                           stderr=subprocess.DEVNULL)
+    state = run.status()
+    assert child.returncode == 1 and state.status == "failed" and "stuck" in state.reason["message"]
+
+
+# Records
+
+def test_a_run_of_a_newer_version_is_unknown(space):  # noqa: F811
+    run = create_run(space.runs, tiny().to_dict(), name="newer")
+    path = run.folder / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99, "status": "hibernating"}))
+    state = run.status()
+    assert state.status == "unknown" and "newer version" in state.reason["message"]
+    with pytest.raises(Exception, match="newer version"): launch.plan_resume(run, space)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_run_that_may_not_be_read_is_unknown(space):  # noqa: F811
+    run = create_run(space.runs, tiny().to_dict(), name="private")
+    run.folder.chmod(0)
+    try: assert find_run(space.runs, "private").status().status == "unknown"
+    finally: run.folder.chmod(0o700)
+
+
+def test_a_lock_that_another_process_keeps_too_long_costs_an_index_not_the_training(tmp_path, monkeypatch):
+    from llm_trainer.training import checkpoint
+    (tmp_path / "x").mkdir()
+    fd = os.open(tmp_path / "x", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    at = iter(range(0, 10**6, 4))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(at))
+    told = []
+    checkpoint.Checkpoints(tmp_path / "x", "x", emit=told.append).record(1, 0.5)
+    os.close(fd)
+    assert "could not be written" in told[0].message
+
+
+def test_without_proc_there_is_still_an_identity(monkeypatch):
+    def nothing(*_, **__): raise FileNotFoundError
+    process.boot_id.cache_clear()
+    monkeypatch.setattr(process.Path, "read_text", nothing)
+    monkeypatch.setattr(process, "_stat", lambda pid: None)
+    try: found = process.identity()
+    finally: process.boot_id.cache_clear()
+    assert found["pid"] == os.getpid() and not process.same_process({**found, "process_start_ticks": None})
+
+
+def test_what_is_not_known_of_a_lock_is_not_guessed(tmp_path):
+    lock = locks.Lock(tmp_path / "lock")
+    assert locks.probe(lock.path) is False
+    lock.acquire()
+    assert locks.probe(lock.path) is True and not lock.stray
+    (tmp_path / "lock").unlink()
+    assert lock.stray
+
+
+# Data
+
+def stream(tmp_path, told, **more):
+    "Token files of 40 windows, and the stream over them"
+    import numpy as np
+
+    from llm_trainer.data.batches import Stream, Windows
+    np.arange(40 * 8 + 1, dtype="<u2").tofile(tmp_path / "train.bin")
+    return Stream(Windows(np.memmap(tmp_path / "train.bin", "<u2", "r"), 8), 4, seed=3, emit=told.append, **more)
+
+
+def first(batches, n): return [next(batches)[0].tolist() for _ in range(n)]
+
+
+@pytest.mark.parametrize("trouble", ["killed", "no room"])
+def test_a_loader_that_fails_costs_its_help_and_no_batch(tmp_path, monkeypatch, trouble):
+    from llm_trainer.data import batches
+    told = []
+    alone, helped = stream(tmp_path, told).iterate(8), stream(tmp_path, told, num_workers=1).iterate(8)
+    wanted = first(alone, 30)
+    if trouble == "no room":
+        def full(*_, **__): raise OSError(28, "No space left on device")
+        monkeypatch.setattr(batches, "DataLoader", full)
+        assert first(helped, 30) == wanted
+    else:
+        import multiprocessing
+        found = first(helped, 3)
+        for child in multiprocessing.active_children(): os.kill(child.pid, signal.SIGKILL)
+        assert found + first(helped, 27) == wanted
+    assert len(told) == 1 and "the same batches" in told[0].message
+
+
+def test_damaged_tokens_are_named_and_made_again(space):  # noqa: F811
+    from llm_trainer.data.batches import open_tokens
+    from llm_trainer.errors import DataError
+    from llm_trainer.training.recipe import prepare
+    told = []
+    cache = prepare(tiny(), space, emit=told.append).caches[0]
+    path = cache.folder / "train.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(DataError, match="train.bin is damaged"): open_tokens(cache.folder)
+    assert prepare(tiny(), space, emit=told.append).caches[0].folder == cache.folder and path.read_bytes() == whole
+    assert any("train.bin is damaged" in getattr(e, "message", "") for e in told)
+
+
+# Knobs
+
+@pytest.mark.parametrize("knobs", [dict(temperature=1e-40), dict(frequency_penalty=1e39),
+                                   dict(repetition_penalty=1e-300, temperature=1e308),
+                                   dict(no_repeat_ngram=1, ignore_eot=True),
+                                   dict(no_repeat_ngram=1, ignore_eot=True, beams=3)], ids=str)
+def test_no_value_of_a_knob_loses_the_text(knobs):
+    from torture.knobs import Letters, model
+    from llm_trainer.generation.sampler import Sampling, generate
+    longest = 28 if "beams" in knobs else 200
+    *pieces, last = generate(model(), Letters(), "abc", Sampling(max_new_tokens=longest, seed=1, **knobs))
+    assert last.finish in ("eot", "length") and pieces
+    if knobs.get("no_repeat_ngram") and "beams" not in knobs:
+        assert last.finish == "eot" and len({p.token for p in pieces}) == len(pieces)
+
+
+def test_a_wait_names_who_is_waited_for(tmp_path):
+    from llm_trainer.data.cache import locked
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from llm_trainer.data.cache import locked; from "
+            "pathlib import Path\n"
+            "with locked(Path(sys.argv[2]), print, 'x'): print('has it', flush=True); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path / "lock")], stdout=subprocess.PIPE,
+                             text=True)
+    assert child.stdout.readline() == "has it\n"
+    child.send_signal(signal.SIGSTOP)
+    until(lambda: process.process_state(child.pid) == "stopped")
+    told = []
+    def tell(event):
+        told.append(event.message)
+        child.kill()
+    with locked(tmp_path / "lock", tell, "x"): assert f"kill -CONT {child.pid}" in told[0]
+    child.wait()

@@ -1,0 +1,147 @@
+"""Runs that torchrun starts: two of its nodes on this machine agree beforehand, train one run and end together."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from socket import socket
+
+import pytest
+
+from llm_trainer import workspace
+from llm_trainer.config import load_config
+from llm_trainer.errors import UsageError
+from llm_trainer.runs import launch, torchrun
+from llm_trainer.runs.run import Run
+from llm_trainer.system import process
+
+HERE = Path(__file__).resolve().parents[1]
+TINY = ["train", "--config", "tiny", "--device", "cpu", "--threads", "1", "--name", "pair", "--sample-every", "0",
+        "--eval-every", "0", "--save-every", "5"]
+
+
+class Nodes:
+    "Two torchrun nodes of one process each, on loopback"
+    def __init__(self, homes, *words, changes=((), ()), restarts=0, **variables):
+        with socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
+        def start(node, home): return subprocess.Popen(
+                    [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                     "--node-rank", str(node),
+                     "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+                     "--rdzv-id", "trial", "-m", "llm_trainer", *words, *changes[node]],
+                    env={**env, "LLM_TRAINER_HOME": str(home)}, cwd=home, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True)
+        self.nodes = [start(node, home) for node, home in enumerate(homes)]
+
+    def over(self): return any(node.poll() is not None for node in self.nodes)
+
+    def reaches(self, condition, seconds=150):
+        "Waits until `condition` holds; fails with what they said when they end before"
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.over() or time.monotonic() > deadline: raise AssertionError(str(self.ends(5)))
+            time.sleep(0.05)
+
+    def ends(self, seconds=240):
+        "Their exit codes, and what each said"
+        try: said = [node.communicate(timeout=seconds)[0] for node in self.nodes]
+        finally:
+            for node in self.nodes: node.kill()
+        return [node.returncode for node in self.nodes], said
+
+
+def left(run): return [rank for rank in run.state().ranks if process.process_state(rank["pid"]) not in (None, "zombie")]
+
+
+def test_two_nodes_train_one_run_and_stop_together(space):
+    nodes, run = Nodes([space.root] * 2, *TINY, "--epochs", "1000"), Run(space.runs / "pair")
+    nodes.reaches(lambda: run.state().step)
+    assert [rank["rank"] for rank in run.state().ranks] == [0, 1] and run.state().pid == run.state().ranks[0]["pid"]
+    launch.stop(run)
+    codes, said = nodes.ends()
+    state, attempt = run.status(), run.attempts()[-1]
+    assert codes == [0, 0] and state.status == "stopped" and state.step == state.checkpoint_step and not left(run), said
+    assert (attempt["world_size"], attempt["devices"]) == (2, ["cpu", "cpu"]) and "validation" not in said[1]
+    assert "Run pair" in said[0] and "Run pair" not in said[1]  # rank 0 speaks
+
+
+@pytest.mark.slow
+def test_the_same_torchrun_resumes(space):
+    for words in (TINY + ["--max-steps", "6"], ["resume", "pair", "--max-steps", "9"], ["resume", "pair"]):
+        codes, said = Nodes([space.root] * 2, *words).ends()
+        assert codes == [0, 0], said
+    run = Run(space.runs / "pair")
+    assert run.status().status == "completed" and run.state().step == 9 and len(run.attempts()) == 2
+    assert [row["step"] for row in run.metrics("train")] == sorted({row["step"] for row in run.metrics("train")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank,signum,restarts", [(1, signal.SIGKILL, 0), (0, signal.SIGKILL, 0),
+                                                  (1, signal.SIGSTOP, 0),
+                                                  (0, signal.SIGSTOP, 0), (1, signal.SIGKILL, 1)])
+def test_a_rank_that_is_lost_ends_the_others_or_all_start_again(space, rank, signum, restarts):
+    nodes = Nodes([space.root] * 2, *TINY, "--epochs", "1000", restarts=restarts, LLM_TRAINER_HUNG_SECONDS="2")
+    run = Run(space.runs / "pair")
+    nodes.reaches(lambda: (run.state().step or 0) >= 6)
+    os.kill(run.state().ranks[rank]["pid"], signum)
+    if restarts:
+        nodes.reaches(lambda: len(run.attempts()) == 2 and run.state().attempt == 2 and run.state().phase == "training")
+        launch.stop(run)
+    codes, said = nodes.ends()
+    state = run.status()
+    if restarts: assert codes == [0, 0] and state.status == "stopped" and run.attempts()[1]["restart"] == 1, said
+    else:
+        assert 0 not in codes and state.reason["code"] == "rank_lost", (state, said)
+        assert f"Rank {rank}" in state.reason["message"], (state, said)
+    assert not left(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["arguments", "workspace", "flag of one", "devices", "batch", "name"])
+def test_nodes_that_do_not_fit_together_say_why_and_make_nothing(space, tmp_path, what):
+    homes = [space.root, workspace.init(tmp_path / "other").root if what == "workspace" else space.root]
+    extra = {"arguments": ((), ["--lr", "1e-3"]), "flag of one": ((), ["--wrong", "1"]),
+             "devices": (["--devices", "2"],) * 2,
+             "batch": (["--batch-size", "5"],) * 2, "name": (["--name", "A B"],) * 2}.get(what, ((), ()))
+    words = [word for word in TINY if what != "name" or word not in ("--name", "pair")]
+    codes, said = Nodes(homes, *words, changes=extra).ends()
+    why = {"arguments": "different arguments", "workspace": "does not share the workspace",
+           "flag of one": "different arguments",
+           "devices": "--nproc-per-node", "batch": "can't share 5 sequences", "name": "can't name a run"}[what]
+    assert codes == [1, 1] and all("exitcode  : 2" in text for text in said) and why in said[0], said
+    assert not list(space.runs.glob("[!.]*")) and not list(space.runs.glob(".new*"))
+
+
+def test_the_seat_is_read_from_the_variables_of_torchrun(monkeypatch):
+    for name in (*torchrun.VARIABLES, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert torchrun.seat() is None
+    values = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT="1")
+    for name, value in values.items(): monkeypatch.setenv(name, value)
+    place = torchrun.seat()
+    assert (place.rank, place.world, place.local_rank, place.local_world, place.restart) == (3, 4, 1, 2, 0)
+    assert str(os.getppid()) in place.launch
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    assert torchrun.seat().launch == "job 7"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert torchrun.seat() is None  # one process is a run like any other
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(UsageError, match="unset them"): torchrun.seat()
+    for flags in (dict(background=True), dict(devices="2"), dict(restarts=1), dict(parallel=True)):
+        with pytest.raises(UsageError, match="under torchrun"): torchrun.check(**flags)
+    torchrun.check(background=False, devices=None, restarts=0)
+
+
+def test_a_run_of_several_machines_is_not_started_on_one_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "gpus", lambda: ["GPU-a", "GPU-b"])
+    config = load_config("tiny").replace(device="cuda").to_dict()
+    with pytest.raises(UsageError, match="several machines(.|\n)*--devices 2"):
+        launch.take_devices(None, config, tmp_path, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"])
+    as_given = ["cuda:0", "cuda:0"]  # torchrun's are as they are
+    assert launch.take_devices(as_given, config, tmp_path) == as_given
