@@ -23,6 +23,18 @@ from datetime import datetime
 from pathlib import Path
 
 from llm_trainer import workspace
+from llm_trainer.config import all_settings
+
+
+def of_data(flags: list[str]) -> list[str]:
+    "Those that `prepare` knows too, with their values"
+    chosen, kept = False, []
+    for word in flags:
+        if word.startswith("--"):
+            knob = all_settings().get(word[2:].partition("=")[0].replace("-", "_"))
+            chosen = bool(knob) and knob.group == "data"
+        if chosen: kept.append(word)
+    return kept
 
 
 def command(*words: str) -> list[str]: return [sys.executable, "-m", "llm_trainer", *words]
@@ -66,8 +78,9 @@ def measure(config: str, copy: list[Path], loss: float, runs: int, flags: list[s
         for file in copy: shutil.copy(file, space.data)
         env = {**os.environ, "LLM_TRAINER_HOME": folder}
         env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        subprocess.run(command("prepare", "--config", config, *of_data(flags)), env=env, check=True,
+                       stdout=subprocess.DEVNULL)
         flags = ["--config", config, *flags]
-        subprocess.run(command("prepare", *flags), env=env, check=True, stdout=subprocess.DEVNULL)
         return {f"{'warm' if i else 'cold'}{i or ''}": run(f"run-{i}", space, env, flags, loss) for i in range(runs)}
 
 

@@ -37,8 +37,10 @@ def test_without_a_place_for_the_key_nothing_is_kept(tmp_path, no_folder):
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_a_twin_shares_every_parameter_and_leaves_the_model_as_it_is(arch):
-    model = GPT(load_config("tiny", {"arch": arch}).model, 100)
+    model = GPT(load_config("tiny", {"arch": arch}).model, 100).eval()
     twin = compiled_twin(model)
+    model.train()
+    assert all(m.training for m in twin.modules()), "a model that was read from a checkpoint was in evaluation mode"
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert all(m._compiled_call_impl is None for m in model.modules())
     assert sum(m._compiled_call_impl is not None for m in twin.modules()) == model.config.n_layer

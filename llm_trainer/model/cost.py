@@ -48,7 +48,7 @@ def flops_per_token(
 def activation_bytes(
     cfg:ModelConfig, # The sizes
     dtype:str="bfloat16", # Compute dtype; the residual stream stays fp32
-    device:str="cuda" # The CPU writes attention out in short contexts, and its RMSNorm keeps more
+    device:str="cuda" # The CPU writes attention out in short contexts, and its RMSNorm and its gate keep more
 )->int: # Bytes kept for one token of one layer
     "What the backward pass of a block needs again"
     C, M, T, H, K, D = cfg.n_embd, cfg.n_hidden, cfg.seq_len, cfg.n_head, cfg.n_kv_head, cfg.head_size
@@ -60,7 +60,8 @@ def activation_bytes(
     heads = (8 if h == 2 else 4) * (H + K)*D if cpu else 0 # normalised queries and keys
     joint = 0 if h == 2 and written_out else h*(H + 2*K)*D # q, k and v as one matmul gave them
     turned = h*3*H*D if written_out else h*(H + K)*D
-    return norms + heads + joint + turned + weights + h*H*D + h*4*M
+    gated = h * (2 if device == "cuda" else 4) * M
+    return norms + heads + joint + turned + weights + h*H*D + gated
 
 def memory_estimate(
     cfg:ModelConfig, # The sizes

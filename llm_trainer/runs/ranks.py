@@ -202,6 +202,7 @@ class Launch:
                 agent.join(0.1)
             self._end(agent)
             status = self.run.state().status
+            if status not in TERMINAL and not self._stopped_early() and self.board.lost(): self._lose()
             if status in TERMINAL:
                 return None, self.result.get(0, self.exit_code if status in ("completed", "stopped") else 1)
             if self._stopped_early():

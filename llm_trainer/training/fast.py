@@ -30,15 +30,16 @@ def again(
     module:nn.Module, # Left as it is
     **modules:nn.Module # Children that take another's place
 )->nn.Module: # The same parameters
-    "A second object for a module"
+    "A second object for a module, in training mode for good"
     twin = copy.copy(module)
     twin._modules = {**module._modules, **modules}
+    twin.training = True
     return twin
 
 def compiled_twin(
     model:GPT # Its blocks are of one kind
 )->GPT: # Shares every parameter
-    "The model with compiled blocks"
+    "The model with compiled blocks, to train"
     trunk, blocks = ("transformer", "h") if model.config.arch == "gpt2" else ("model", "layers")
     twins = nn.ModuleList(again(block) for block in getattr(model.trunk, blocks))
     for block in twins: block.compile(dynamic=False)
@@ -92,6 +93,7 @@ class HeadLoss(torch.autograd.Function):
             torch.mm(scores, w, out=dx)
             part = scores.T @ x
             dw = part.float() if dw is None else dw.add_(part)
+            del scores # before the next ones are there
         ctx.save_for_backward(dh, dw)
         return losses.sum()
 
