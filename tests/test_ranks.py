@@ -1,13 +1,14 @@
 """A run on two processes: a rank that dies ends all, is named, and the run goes on with another number of them."""
 import os
 import signal
+import threading
 
 import pytest
 from conftest import until
 
 from llm_trainer.config import load_config
 from llm_trainer.errors import UsageError
-from llm_trainer.runs import launch, worker
+from llm_trainer.runs import launch, ranks, worker
 from llm_trainer.runs.queue import choose_devices, lock_names
 from llm_trainer.system import process
 
@@ -32,6 +33,20 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_alone(space):
     assert plan.from_step >= 5 and "instead of 2" in str(plan)
     again = launch.resume(run, space, devices="1", changes={"max_steps": max(12, plan.from_step + 2)}, background=False)
     assert worker.work(again, space) == 0 and again.status().status == "completed"
+
+
+def test_a_rank_is_named_where_torchrun_saw_its_end_first(space, monkeypatch):
+    monkeypatch.setattr(ranks.Launch, "_look_after", lambda self: None)  # a launcher that is never in time
+    run = launch.start(tiny(epochs=1000), space, "late", devices="2", background=False)
+    def kill():
+        until(lambda: run.state().step >= 6)
+        os.kill(run.state().ranks[1]["pid"], signal.SIGKILL)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert worker.work(run, space) == 1
+    killer.join()
+    reason = run.status().reason
+    assert reason["code"] == "rank_lost" and reason["message"].startswith("Rank 1 (cpu) is gone, at step")
 
 
 def test_a_dry_run_says_how_several_devices_would_share_it(space):
