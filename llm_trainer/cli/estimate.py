@@ -235,7 +235,7 @@ def _speed(config, vocab: int, parameters: int, resolution) -> float:
         generator = torch.random.fork_rng(devices=[])
         with generator, device: gpt, tokens = GPT(model, words), torch.randint(0, words, (rows, length))
         optimizer, times = build_optimizer(gpt, training, resolution.muon_dtype), []
-        while len(times) < 2 or (len(times) < 6 and sum(map(sum, times)) < 1):
+        while len(times) < 4 or (len(times) < 12 and sum(map(sum, times)) < 2):
             begun = time.perf_counter()
             with resolution.autocast(): loss = gpt.loss(tokens, tokens)
             loss.backward()
