@@ -72,6 +72,17 @@ def test_stopped_in_the_middle_of_an_epoch(space, whole, case):
     assert (life.losses, life.weights) == (reference.losses, reference.weights)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_compiled_run_drops_out_as_before(space, arch):
+    config = settings(eval_every=0, save_every=0, dropout=0.2, compile=True, deterministic=True, arch=arch)
+    whole, cut = Life(space, f"whole-{arch}", config, 1), Life(space, f"cut-{arch}", config, 1)
+    whole.live()
+    cut.live(stop_after(4))
+    cut.live()
+    assert len(whole.losses) > 4 and (cut.losses, cut.weights) == (whole.losses, whole.weights)
+
+
 @pytest.mark.parametrize("steps", [0, 1, "epoch end", "last"])
 def test_stopped_at_the_edges(space, whole, steps):
     reference = whole("dropout", 2)
