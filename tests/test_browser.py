@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import end_runs
+from test_report import bewitched
 
+from llm_trainer.runs.report import report
 from llm_trainer.runs.run import list_runs
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +282,22 @@ def test_a_chart_tells_values_zooms_and_hides(browser, width, scheme):
         page.evaluate("c => model.set(c)", {**content, "log": True})
         canvas.hover(position=dict(x=200, y=150))
         page.screenshot(path=f"{path}/chart-{scheme}.png")
+    assert not errors and not foreign, (errors[:5], foreign[:5])
+    page.close()
+
+
+# A report ------------------------------------------------------------------------------------------------------------
+
+@on_site
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
+def test_a_report_asks_for_nothing_and_runs_nothing(space, browser, width, scheme):
+    file = space.root / "report.html"
+    file.write_text(report(bewitched(space, "spelled", config=False), space), encoding="utf-8")
+    page, errors, foreign = look(browser, file.as_uri(), width, color_scheme=scheme)
+    page.goto(file.as_uri())
+    assert "window.hit = 1" in page.inner_text("body") and page.locator("svg").count() == 4
+    assert page.evaluate("document.scripts.length") == 0 and page.evaluate("window.hit") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert not errors and not foreign, (errors[:5], foreign[:5])
     page.close()
 

@@ -102,6 +102,40 @@ def test_markdown_in_a_run_is_text_in_the_report(space):
     assert "````\nthe note of first\n| a * table" in text and "<img" not in rest and "](http" not in rest
 
 
+SPELL = "<script>window.hit = 1</script><img src=//foreign.invalid onerror='window.hit = 2'>\"'&lt;]]>-->"
+
+
+def spelled(value, name=""):
+    "The same value with something in each of its texts that would act in a page that took it for markup"
+    if isinstance(value, dict): return {key: spelled(part, key) for key, part in value.items()}
+    if isinstance(value, list): return [spelled(part, name) for part in value]
+    return value + SPELL if isinstance(value, str) and name not in ("kind", "status") else value
+
+
+def bewitched(space, name, config):
+    "A run whose files hold that in every text, its settings only with `config`"
+    run = made(space, name, status="failed", dataset=f"text {SPELL}".replace("/", "|"), sample_prompt=SPELL)
+    run.add_note(SPELL)
+    (run.folder / "log.txt").write_text(SPELL)
+    for file in (file for file in run.folder.iterdir() if file.suffix in (".json", ".jsonl")):
+        rows = [json.loads(row) for row in file.read_text().splitlines()] if file.suffix == ".jsonl" \
+            else [json.loads(file.read_text())]
+        for row in rows:
+            if file.name == "state.json": row |= {"phase": "training", "reason": {"code": "error", "message": "why"}}
+            kept = {} if config else {"config": row["config"]} if "config" in row else {}
+            row |= spelled(row) | kept
+        file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return run
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_nothing_in_a_run_is_markup_in_its_report(space, config):
+    plain = Page(report(made(space, "plain", status="failed"), space))
+    page = Page(report(bewitched(space, "spelled", config), space))
+    assert set(page.tags) <= set(plain.tags) and {k for k, _ in page.attributes} <= {k for k, _ in plain.attributes}
+    assert " ".join(page.words).count("window.hit = 1") > 15
+
+
 # -- Energy
 
 def test_each_attempt_adds_its_last_figure():
