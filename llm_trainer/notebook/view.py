@@ -284,6 +284,10 @@ class Watch:
         while self.state is not None and self.state.status in LIVE: time.sleep(.1)
         display(Image(self.png())) # where no browser looks, as when this page is made: how it ended
 
+    def _display_(self):
+        "For marimo, which shows this widget and none of Jupyter's own: the chart, alive"
+        return self.chart
+
     def close(self):
         "End the view; the widget goes, the picture stays"
         self.again.end()

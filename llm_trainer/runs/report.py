@@ -361,8 +361,8 @@ h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line
 table { border-collapse: collapse; font-size: .9rem }
 td, th { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top }
 th { color: var(--soft); font-weight: 600 } tr + tr td, tbody td { border-top: 1px solid var(--line) }
-td { overflow-wrap: anywhere } .scroll { overflow-x: auto }
-.facts td:first-child { color: var(--soft); white-space: nowrap }
+td { overflow-wrap: break-word } .scroll { overflow-x: auto }
+.facts td { overflow-wrap: anywhere } .facts td:first-child { color: var(--soft); white-space: nowrap }
 pre { background: var(--code); padding: .7rem .9rem; border-radius: .4rem; overflow-x: auto; white-space: pre-wrap;
       font-size: .85rem }
 figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .4rem }
