@@ -192,13 +192,13 @@ def test_an_expression_that_says_nothing_is_refused(space, text):
 
 def test_the_commands(space):
     made(space, "first", 3.0)
-    made(space, "second", 2.0, lr=2e-3, tokenizer="t2")
+    made(space, "second", 2.0, lr=1.00001e-3, tokenizer="t2")
     table = program(space, "runs", "--sort", "val_loss", "--filter", "val_loss<2.5").stdout
     assert "second" in table and "first" not in table
     assert "None of 2 runs" in program(space, "runs", "--filter", "lr>1").stdout
     beside = program(space, "compare", "first", "second").stdout
     assert "only bits per byte" in beside and "n_layer" not in beside
-    assert re.search(r"^lr +0.0010 +0.0020$", beside, re.M)
+    assert re.search(r"^lr +0.001 +0.00100001$", beside, re.M) and re.search(r"^epoch +2.00 +2.00$", beside, re.M)
     assert json.loads(program(space, "compare", "first", "second", "--json").stdout)["measure"] == "bits_per_byte"
     assert program(space, "note", "first", "\x1b[2Jbetter  end\n").returncode == 0
     assert program(space, "note", "first").stdout == "the note of first\nbetter end\n"

@@ -229,19 +229,20 @@ def paint_curve(text: str, i: int) -> str:
 
 def side_by_side(found: dict) -> str:
     "What `runs.compare` found of some runs, a column each"
-    def value(name: str, v) -> str:
+    def figure(name: str, v) -> str:
         if v is None: return "–"
         if name == "elapsed_seconds": return duration(v)
         if name in ("tokens", "parameters", "tokens_per_second"): return count(float(v) if isinstance(v, float) else v)
-        if isinstance(v, float): return number(v) if abs(v) >= 0.001 or v == 0 else f"{v:g}"
+        if isinstance(v, float): return number(v, 2 if name in ("epoch", "perplexity") else 4)
         return f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else clean(str(v), "")[:40]
+    def setting(v) -> str: return figure("", str(v) if isinstance(v, float) else v)
     rows = [["", *(f"{letter} {clean(run, '')}" for letter, run in zip("ABCDEFGH", found["runs"]))]]
-    rows += [[name.replace("_", " "), *(value(name, v) for v in values)] for name, values in found["figures"].items()
+    rows += [[name.replace("_", " "), *(figure(name, v) for v in values)] for name, values in found["figures"].items()
              if any(
         v is not None for v in values)]
     if not found["settings"]: return columns(rows) + "\n\nNo setting differs."
     rows += [[""] * len(rows[0]), ["Settings that differ", *[""] * len(found["runs"])]]
-    return columns([*rows, *([name, *(value("", v) for v in values)] for name, values in found["settings"].items())])
+    return columns([*rows, *([name, *map(setting, values)] for name, values in found["settings"].items())])
 
 
 def csv(rows: list[dict]) -> str:
