@@ -38,6 +38,7 @@ CONNECTED = f"() => {KERNEL}?.connectionStatus === 'connected'"
 IDLE = f"() => {KERNEL}?.connectionStatus === 'connected' && {KERNEL}?.status === 'idle'"
 COMMAND = "async name => { await window.jupyterapp.commands.execute(name) }"
 START = "name => { window.jupyterapp.commands.execute(name) }"
+BUSY = f"code => {{ {KERNEL}.requestExecute({{ code }}) }}"
 RESTART = f"async () => {{ await {KERNEL}.restart() }}"
 SHOWN = "() => [...document.querySelectorAll('.llm-chart')].filter(chart => chart.offsetParent).at(-1)"
 POINTS = f"() => ({SHOWN})()?.lines?.find(line => line.style === 'line')?.x.length ?? 0"
@@ -135,6 +136,15 @@ def press_stop(page):
     pytest.fail("the second click on stop never came in time")
 
 
+def photograph(page, folder):
+    "Pictures of the view, in JupyterLab's light and dark"
+    for theme, name in ("JupyterLab Dark", "dark"), ("JupyterLab Light", "light"):
+        say(page, "theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        page.wait_for_selector(f"body[data-jp-theme-name='{theme}']", state="attached")
+        say(page, "() => new Promise(drawn => setTimeout(drawn, 1000))")
+        page.locator(".jp-OutputArea-output:has(.llm-chart)").last.screenshot(path=f"{folder}/notebook-{name}.png")
+
+
 @in_lab
 def test_a_newcomer_watches_a_model_learn(lab, browser):
     url, home = lab
@@ -179,7 +189,7 @@ def test_a_newcomer_watches_a_model_learn(lab, browser):
     page.locator("button.jupyter-button", has_text="generate").first.click()
     page.wait_for_selector("text=generated from the best checkpoint")
     page.wait_for_selector(f"text={newest.id}, best checkpoint")
-    if path := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{path}/lab-stopped.png")
+    if path := os.environ.get("SCREENSHOTS"): photograph(page, path)
     assert not faults(home)  # at what a page tells a kernel, and nobody sees
     assert not errors and not foreign, (errors[:5], foreign[:5])
     page.close()
@@ -197,6 +207,12 @@ def test_a_page_loaded_again_shows_all_of_the_run_and_goes_on(lab, browser):
     seen = page.evaluate(POINTS)
     say(page, COMMAND, "docmanager:save")
     open_notebook(page, url, "01_first_model.ipynb")  # the page is loaded again, the kernel still holds the view
+    page.wait_for_function(GROWN, arg=seen)
+    seen = page.evaluate(POINTS)
+    page.wait_for_function(GROWN, arg=seen)
+    say(page, COMMAND, "docmanager:save")
+    say(page, BUSY, "import time; time.sleep(15)")
+    open_notebook(page, url, "01_first_model.ipynb")  # and while the kernel computes
     page.wait_for_function(GROWN, arg=seen)
     seen = page.evaluate(POINTS)
     page.wait_for_function(GROWN, arg=seen)
