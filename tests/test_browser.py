@@ -71,11 +71,26 @@ def say(page, js, arg=None):
 
 # JupyterLab ----------------------------------------------------------------------------------------------------------
 
+OURS = r'/llm_trainer/(?!.*site-packages)|site-packages/(?:ipywidgets|anywidget|comm)/'
+
+
 def faults(home):
-    "How tracebacks in the kernels' log end, but for that of a cell whose kernel was restarted before it could answer"
+    "How tracebacks in the kernels' log end that came through the view or its widgets; Jupyter's server has its own"
     log = (home / "lab.log").read_text(errors="replace")
-    ends = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)", log)
-    return [end for end in ends if end != "zmq.error.ZMQError: Socket operation on non-socket"]
+    ends = re.findall(r"Traceback \(most recent call last\):\n((?:[ \t].*\n)*)(\S.*)", log)
+    return [end for frames, end in ends if re.search(OURS, frames)]
+
+
+@pytest.mark.parametrize("frame, ours", [
+    ("/me/llm_trainer/.venv/lib/python3.12/site-packages/tornado/websocket.py", False),
+    ("/me/llm_trainer/.venv/lib/python3.12/site-packages/ipykernel/kernelbase.py", False),
+    ("/me/llm_trainer/.venv/lib/python3.12/site-packages/ipywidgets/widgets/widget.py", True),
+    ("/me/llm_trainer/llm_trainer/notebook/view.py", True)])
+def test_a_fault_is_one_of_the_view_or_its_widgets(tmp_path, frame, ours):
+    (tmp_path / "lab.log").write_text("[IPKernelApp] ERROR | Exception in message handler:\n"
+                                      "Traceback (most recent call last):\n"
+                                      f"  File \"{frame}\", line 7, in told\n    act(told)\nValueError: no\n")
+    assert faults(tmp_path) == ["ValueError: no"] * ours
 
 
 @pytest.fixture(scope="module")
