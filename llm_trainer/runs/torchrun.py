@@ -176,6 +176,10 @@ def _shows(file: Path) -> bool:
 
 # -- What they know of each other --
 
+def _alive(one: dict) -> bool:
+    return process.same_process(one) and process.process_state(one["pid"]) not in (None, "zombie")
+
+
 class Team:
     "The ranks that torchrun started, as seen from this one"
     def __init__(self, place: Seat):
@@ -224,8 +228,7 @@ class Team:
 
     def gone(self) -> list[int]:
         "Ranks whose process on this machine ended, or that left last words"
-        def alive(one): return process.same_process(one) and process.process_state(one["pid"]) not in (None, "zombie")
-        dead = [one["rank"] for one in self._near() if not alive(one)]
+        dead = [one["rank"] for one in self._near() if not _alive(one)]
         return sorted({*dead, *self._words})
 
     def _run(self) -> None:
@@ -276,12 +279,18 @@ class Team:
 
     def _lose(self, why: str) -> None:
         "Ends this process; rank 0 stores why, or another rank if rank 0 is gone"
+        self._end_suspended()
         with suppress(Exception): self._on_loss(why)
         if self.rank == 0:
             with suppress(Exception): self._pulse.set("end", json.dumps({"code": 1}))
-        for one in self._near():  # a process that is suspended can't end by itself
-            if self._silent.get(one["rank"], 0.0) > GRACE: process.send(one, signal.SIGKILL)
         os._exit(self._code_of_end())
+
+    def _end_suspended(self) -> None:
+        "Ends the ranks of this machine that can't end by themselves; one of them may have the run's lock"
+        silent = [one for one in self._near() if self._silent.get(one["rank"], 0.0) > min(GRACE, HUNG)]
+        for one in silent: process.send(one, signal.SIGKILL)
+        deadline = time.monotonic() + GRACE
+        while any(map(_alive, silent)) and time.monotonic() < deadline: time.sleep(0.05)
 
     def _code_of_end(self) -> int:
         state = self.run.state() if self.run else None
