@@ -473,6 +473,42 @@ async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_res
     assert run.config()["training"]["lr"] == 0.00123456789 and ("torch" in sys.modules) == loaded
 
 
+async def test_the_form_takes_devices_and_refuses_them_in_the_words_of_the_command_line(world, monkeypatch):
+    monkeypatch.chdir(world.space.root)
+    async with world.app().run_test(size=(100, 30)) as pilot:
+        await shows(pilot, RUNNING)
+        screen = await tiny_form(pilot)
+        screen.query_one("#value-device", Input).value = "cpu"
+        for value, says in (("two", "--devices takes a number, a list such as 0,2, or auto; not 'two'."),
+                            ("0,1", "--devices 0,1 lists GPUs, and this run uses cpu."),
+                            ("3", "3 devices can't share")):
+            screen.query_one("#devices", Input).value = value
+            await shows(pilot, "not valid yet", says)
+            await press(pilot, "ctrl+s")
+        assert len(list(world.space.runs.iterdir())) == 6
+        screen.query_one("#devices", Input).value = "2"
+        screen.query_one("#run-name", Input).value = "pair"
+        await shows(pilot, "1 changed")
+        await press(pilot, "ctrl+s")
+        await until(pilot, lambda: pilot.app.screen is not screen)
+    launch.stop(run := Run(world.space.runs / "pair"), now=True)
+    assert run.attempts()[-1]["devices"] == ["cpu", "cpu"]
+
+
+async def test_resume_takes_devices_and_refuses_them_in_the_words_of_the_command_line(world):
+    async with world.app(FINISHED).run_test() as pilot:
+        await shows(pilot, "completed")
+        await press(pilot, "e", "2")
+        await shows(pilot, "The plan")
+        devices = pilot.app.screen.query_one("#devices", Input)
+        devices.value = "two"
+        await shows(pilot, "--devices takes a number, a list such as 0,2, or auto; not 'two'.")
+        devices.value = "2"
+        await shows(pilot, "devices    2 (cpu), instead of 1")
+        await until(pilot, pilot.app.screen.planned.is_set)
+        assert pilot.app.screen.wish["devices"] == "2"
+
+
 # -- Finding one's way --
 
 async def test_footer_palette_and_help_hold_every_action(world):

@@ -50,6 +50,9 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
             with Horizontal(classes="row"):
                 yield Label("learning rate")
                 yield Select(PLANS, value="redecay", allow_blank=False, compact=True, id="lr-plan")
+            with Horizontal(classes="row"):
+                yield Label("devices")
+                yield Input(compact=True, id="devices", placeholder="empty: as before")
             yield Static(id="plan", markup=False)
             with Horizontal(classes="buttons"):
                 yield Button("Back", id="back", compact=True)
@@ -62,7 +65,8 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
         more, lr_plan = self.query_one("#more", Input).value.strip(), self.query_one("#lr-plan", Select).value
         self.wish = {"more_epochs": int(more) if more.lstrip("-").isdecimal() else None,
                      "checkpoint": self.query_one("#place", Select).value,
-                     "lr_plan": lr_plan if more or lr_plan != "redecay" else None}
+                     "lr_plan": lr_plan if more or lr_plan != "redecay" else None,
+                     "devices": self.query_one("#devices", Input).value.strip() or None}
         self.planned.clear()
         self._plan()
 

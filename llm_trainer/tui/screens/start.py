@@ -17,7 +17,7 @@ from textual.widgets import Input, Label, Select, Static
 
 from llm_trainer import config as settings
 from llm_trainer.errors import LLMTrainerError
-from llm_trainer.runs.launch import command, environment
+from llm_trainer.runs.launch import command, environment, take_devices
 from llm_trainer.tui.glyphs import line
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.top_bar import TopBar
@@ -97,6 +97,10 @@ class StartScreen(Screen[str | None]):
                 yield Input(compact=True, id="run-name", placeholder="two words")
                 yield Label("small letters, digits and dashes", classes="hint")
             with Horizontal(classes="field"):
+                yield Label("devices", classes="name")
+                yield Input(compact=True, id="devices", placeholder="one")
+                yield Label("how many, which (0,2), or auto", classes="hint")
+            with Horizontal(classes="field"):
                 yield Label("note", classes="name")
                 yield Input(compact=True, id="note", placeholder="for you")
                 yield Input(compact=True, id="find", placeholder="find a setting")
@@ -136,10 +140,13 @@ class StartScreen(Screen[str | None]):
         return settings.load_config(self.query_one("#profile", Select).value, self.overrides(),
                                     self.app.workspace.configs)
 
+    @property
+    def devices(self) -> str | None: return self.query_one("#devices", Input).value.strip() or None
+
     @on(Input.Changed)
     def _changed(self, event: Input.Changed) -> None:
         if event.input.id == "find": return self._find(event.value)
-        if str(event.input.id).startswith("value-"): self._check()
+        if event.input.id == "devices" or str(event.input.id).startswith("value-"): self._check()
 
     def _find(self, part: str) -> None:
         for field in self.query(Field):
@@ -149,9 +156,11 @@ class StartScreen(Screen[str | None]):
 
     def _check(self) -> None:
         "Ask the config itself; its words appear beside the field they are about"
-        try: made = self.config()
-        except (LLMTrainerError, OSError) as problem: made, said = None, str(problem)
-        else: said = ""
+        made, said = None, ""
+        try:
+            made = self.config()
+            take_devices(self.devices, made.to_dict(), self.app.workspace.runs)
+        except (LLMTrainerError, OSError) as problem: said = str(problem)
         self.problem = said
         for field in self.query(Field):
             mine = [text for text in said.splitlines()
@@ -197,7 +206,7 @@ class StartScreen(Screen[str | None]):
         self._about("looking at what is named …")
         given = {field.knob.name: field.input.value.strip() for field in self.query(Field) if field.changed}
         given |= {"name": self.query_one("#run-name", Input).value.strip(),
-                  "note": self.query_one("#note", Input).value.strip()}
+                  "note": self.query_one("#note", Input).value.strip(), "devices": self.devices}
         self._start(["train", "--config", self.query_one("#profile", Select).value, "--background", "--json",
                      *(f"--{name}={text}" for name, text in given.items() if text)])
 
