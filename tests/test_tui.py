@@ -175,7 +175,7 @@ async def test_keys_typed_ahead_of_a_slow_line_reach_their_field(empty):
         for key in ("a", "b", "tab", "c", "d", "tab", "e", "f"):
             pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await until(pilot, lambda: [pilot.app.screen.query_one(f"#{name}", Input).value
-                                    for name in ("run-name", "note", "find")]
+                                    for name in ("run-name", "devices", "note")]
                     == ["ab", "cd", "ef"])
 
 
