@@ -246,6 +246,9 @@ def test_a_busy_core_is_no_reason_to_wait(monkeypatch):
     for paces, threads in (({1: 4, 2: 2, 4: 1}, 4), ({1: 1, 2: 0.9, 4: 3}, 2), ({1: 1, 2: 5, 4: 9}, 1)):
         monkeypatch.setattr(device_module, "_paces", lambda act, most, paces=paces: paces)
         assert unhindered_threads() == threads
+    looks = iter([{1: 1, 2: 5, 4: 9}, {1: 4, 2: 2, 4: 1}])
+    monkeypatch.setattr(device_module, "_paces", lambda act, most: next(looks))
+    assert unhindered_threads() == 4, "a core that was busy for a moment"
     monkeypatch.setattr(device_module, "_paces", lambda act, most: {1: 1.05, 2: 1.0, 4: 1.5})
     assert fast_threads(None) == 1
 
