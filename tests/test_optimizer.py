@@ -138,6 +138,7 @@ def test_levelled_rows_are_of_one_size_and_the_step_as_long_as_before():
     assert (rows.amax(1) / rows.amin(1)).max() < 1.01 < (plain.amax(1) / plain.amin(1)).min()
     torch.testing.assert_close(level(updates.mT, torch.zeros(2, 1, 48)), found.mT)
     before = sizes.clone()
+    assert level(torch.zeros(2, 48, 16), torch.zeros(2, 48, 1)).abs().max() == 0, "no gradient, no step"
     level(torch.full_like(updates, torch.nan), sizes, keep=torch.tensor(0.0))
     assert torch.equal(sizes, before)
 

@@ -325,3 +325,13 @@ def test_a_wait_names_who_is_waited_for(tmp_path):
         child.kill()
     with locked(tmp_path / "lock", tell, "x"): assert f"kill -CONT {child.pid}" in told[0]
     child.wait()
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_do_not_spin_without_end_unless_the_user_says_how(own):
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    code = ("import os\nfrom llm_trainer.system import process\nprocess.prepare()\n"
+            f"print({{name: os.environ[name] for name in {names} if name in os.environ}})")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    found = subprocess.run([sys.executable, "-c", code], env=environment | own, capture_output=True, text=True)
+    assert found.stdout.strip() in ([str(own)] if own else ["{'OMP_WAIT_POLICY': 'passive'}", "{'GOMP_SPINCOUNT': '2000'}"])

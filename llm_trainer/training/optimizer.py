@@ -62,7 +62,7 @@ def level(
     sizes.lerp_(squares if keep is None else torch.where(keep > 0, squares, sizes), 1 - beta)
     scale = sizes.clamp(min=1e-10).rsqrt()
     def total(parts): return parts.sum((1, 2), keepdim=True)
-    return updates * (scale * (total(squares) / total(squares * scale.square())).sqrt())
+    return updates * (scale * (total(squares) / total(squares * scale.square()).clamp(min=1e-30)).sqrt())
 
 # %% ../../nbs/06_optimizer.ipynb #a5184dcd
 class NoCompilerHooks:
