@@ -159,7 +159,7 @@ class Recording:
 # %% ../../nbs/06a_fast.ipynb #06a00103
 class Recorder:
     "Takes optimizer steps: the first ones plainly, then, where the device waits for the host, from a recording"
-    plain_steps = 3 # After as many everything is compiled and every state is there
+    looks = 3, 6, 12, 24 # Steps at which to see who waits for whom; by the first everything is compiled
 
     def __init__(self,
         gradient:Callable[[Tensor, Tensor, Tensor], Tensor], # Of (x, y, all targets): adds to gradients, gives the loss
@@ -178,7 +178,7 @@ class Recorder:
         "Take a step"
         if self.recording: return self.recording.replay(batch, targets)
         self.taken += 1
-        if self.taken != self.plain_steps: return plainly()
+        if self.taken not in self.looks: return plainly()
         torch.cuda.synchronize()
         began = time.perf_counter()
         found = plainly()
