@@ -6,6 +6,7 @@ import pytest
 
 from llm_trainer.events import Evaluated, Finished, Phase, Saved, Step
 from llm_trainer.runs.run import create_run
+from llm_trainer.runs.state import State
 from llm_trainer.runs.writer import History, RunWriter
 from llm_trainer.terminal import count, number, sparkline
 
@@ -96,3 +97,46 @@ def test_more_epochs_and_epochs_together_are_refused(tmp_path):
     with pytest.raises(UsageError, match="--epochs 20"): plan_resume(run, space, 1, changes={"epochs": 20})
     plan = plan_resume(run, space, 2)
     assert (plan.left, plan.more, plan.target_epochs) == (4.0, 2, 6)  # nothing was saved, so all four are left
+
+
+def test_every_face_says_in_the_same_words_which_devices_and_who_waits(tmp_path):
+    from llm_trainer import workspace
+    from llm_trainer.cli import render
+    from llm_trainer.events import Joined, Prepared
+    from llm_trainer.notebook.words import headline
+    from llm_trainer.runs.state import devices_of, slowest_of
+    from llm_trainer.tui.readers import row_of
+    run = create_run(workspace.init(tmp_path).runs, {}, name="pair", locked=True)
+    writer = RunWriter(run, run.lock)
+    def faces():
+        "What status, the watcher and the notebook's view show"
+        state, row = run.status(), row_of(run, 0)
+        return render.card(state, {}), f"{row.devices}\n{row.slowest}", headline(state)
+    def step(n, *seconds): writer.log(Step(n, 0.1, n, 1e-3, 3.0, 1.0, 100.0, 1, 9.0, rank_seconds=seconds))
+    ranks = [dict(rank=r, host="here", pid=1, device="cpu", step_seconds=None) for r in (0, 1)]
+    writer.log(Prepared(dict(device="cpu", strategy="ddp")))
+    writer.log(Joined(ranks))
+    writer.log(Phase("training"))
+    assert all("2 (cpu), ddp" in face and "slowest" not in face for face in faces())
+    step(1, 30.0, 40.0)
+    writer.file.write()
+    told = "rank 1 is the slowest, 40 s a step of its own; rank 0 waits 25%"
+    assert all("2 (cpu), ddp" in face and told in face for face in faces())
+    assert [(rank["step_seconds"], rank["waits"]) for rank in run.status().ranks] == [(30.0, 0.25), (40.0, 0.0)]
+    step(2, 39.0, 40.0)
+    writer.file.write()
+    assert all("2 (cpu), ddp" in face and "slowest" not in face for face in faces())  # as good as equal
+    step(3, 30.0, 40.0)
+    writer.log(Finished("stopped"))
+    run.lock.release()
+    assert all("2 (cpu), ddp" in face and "slowest" not in face for face in faces())  # nobody waits any more
+    many = [dict(rank=r, host=f"node-{r // 2}", device=f"cuda:{r % 2}", step_seconds=1 + r / 4, waits=0.6 - r / 5)
+            for r in range(4)]
+    state = State(status="running", strategy="fsdp", ranks=many)
+    assert devices_of(state) == "4 on 2 machines (cuda:0, cuda:1), fsdp"
+    assert slowest_of(state) == "rank 3 on node-1 is the slowest, 1.75 s a step of its own; rank 0 on node-0 waits " \
+                                "longest, 60%"
+    for wrong in (None, "x", True, float("nan"), [], {}):
+        state.ranks[0]["waits"] = state.ranks[1]["step_seconds"] = wrong
+        assert "node-0" not in slowest_of(state) and devices_of(state)
+    assert devices_of(State(ranks=many[:1])) == slowest_of(State(status="running", ranks=many[:1])) == ""

@@ -317,6 +317,18 @@ async def test_a_queued_run_says_what_it_waits_for(world):
         await shows(pilot, "○ queued", f"waits for {RUNNING}", "It waits for the device")
 
 
+async def test_a_run_on_two_devices_says_which_and_who_waits(world):
+    path = world.space.runs / RUNNING / "state.json"
+    ranks = [dict(rank=rank, host="here", device="cpu", step_seconds=1 + rank / 2, waits=0.33 - rank * 0.33)
+             for rank in (0, 1)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(ranks=ranks, strategy="ddp")))
+    slowest = "rank 1 is the slowest, 1.5 s a step of its own; rank 0 waits 33%"
+    async with world.app(RUNNING).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "devices 2 (cpu), ddp", slowest)
+    async with world.app(RUNNING).run_test(size=(120, 24)) as pilot:
+        assert f"2 (cpu), ddp   {slowest}" in await shows(pilot, "devices 2 (cpu), ddp", slowest)
+
+
 # -- Comparing --
 
 async def test_compare_shows_curves_figures_and_what_differs(world):

@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
 
@@ -33,6 +35,19 @@ def after(steps: int | None):
     return set if steps is None else lambda: {"stop"} if next(asked) >= steps else set()
 
 
+@contextmanager
+def hindered(seconds: float):
+    "Inside it each forward pass of this process takes that much longer"
+    from llm_trainer.model.transformer import GPT
+    loss = GPT.loss
+    def slow(*args, **how):
+        time.sleep(seconds)
+        return loss(*args, **how)
+    GPT.loss = slow if seconds else loss
+    try: yield
+    finally: GPT.loss = loss
+
+
 def live(group, space, lives: list[dict]) -> dict[str, list[dict]]:
     "Lives each of `lives`; what came of them at rank 0, by name"
     from llm_trainer.config import load_config
@@ -45,11 +60,12 @@ def live(group, space, lives: list[dict]) -> dict[str, list[dict]]:
         meta = group.share(json.loads(known.read_text()) if group.first and known.exists() else None)
         config = load_config("tiny").replace(threads=1, **life.get("changes", {}))
         attempt = dict(target_epochs=life.get("epochs", 1), target_steps=config.training.max_steps or None)
-        events = list(train(name, config, attempt, space, meta, after(life.get("stop")), group=group))
+        with hindered(life.get("slow", {}).get(str(group.rank), 0)):
+            events = list(train(name, config, attempt, space, meta, after(life.get("stop")), group=group))
         told = {kind: [e for e in events if e.kind == kind] for kind in ("step", "evaluated", "sampled", "note")}
         mine = dict(steps=[dict(loss=e.loss.hex(), lr=e.lr, tokens=e.tokens) for e in told["step"]],
                     status=events[-1].status, kinds=[e.kind for e in events if e.kind not in ("note", "sampled")],
-                    val=[e.loss for e in told["evaluated"]])
+                    val=[e.loss for e in told["evaluated"]], seconds=told["step"][-1].rank_seconds)
         others = group.gather(mine)
         if not group.first: continue
         known.write_text(json.dumps(next(e.meta for e in events if e.kind == "prepared")))

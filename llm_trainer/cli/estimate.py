@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_trainer.errors import UsageError
+from llm_trainer.runs.state import list_devices
 from llm_trainer.system.files import read_json
 from llm_trainer.events import silent
 from llm_trainer.terminal import count, duration, size
@@ -148,9 +149,7 @@ def _length(plan: dict) -> str:
 
 def _devices(plan: dict) -> str:
     "How many, which, and how the model is laid over them"
-    names = list(dict.fromkeys(plan["devices"]))
-    shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    return f"{len(plan['devices'])} ({shown}), {plan['strategy']}: {plan['why']}"
+    return f"{list_devices(plan['devices'], plan['strategy'])}: {plan['why']}"
 
 
 def _step(plan: dict) -> str:

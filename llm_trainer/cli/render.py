@@ -11,7 +11,8 @@ from dataclasses import asdict, is_dataclass
 from datetime import datetime
 
 from llm_trainer.cli.parser import coloured
-from llm_trainer.runs.state import ENDED, STATES, State, look_of
+from llm_trainer.runs.state import (
+    ENDED, HEARD, STATES, State, devices_of, is_elsewhere, look_of, slowest_of, unheard)
 from llm_trainer.terminal import clean, count, duration, inert, number, size, sparkline
 
 ANSI = {"success": 32, "primary": 34, "secondary": 36, "warning": 33, "error": 31}
@@ -25,6 +26,8 @@ HELPS = {
     "non_finite": "the best checkpoint, a lower learning rate: llm-trainer resume {id} --checkpoint best --lr {lower}",
     "crashed": "nothing saved is lost: llm-trainer resume {id}",
     "stalled": "see what it does: llm-trainer logs {id}   or end it: llm-trainer stop {id} --now",
+    "held": "a process of it still holds its lock; end it on {host}: llm-trainer stop {id} --now",
+    "silent": "nothing is heard of {host}; if that machine is gone: llm-trainer resume {id}",
 }
 
 
@@ -103,7 +106,8 @@ def _pairs(state: State, process_state: str | None) -> Iterable[tuple[str, str]]
         yield "time", f"{duration(state.elapsed_seconds)} elapsed{left}"
     if state.device:
         yield "device", str(state.device) + (f" · {size(state.memory_bytes)} used" if state.memory_bytes else "")
-    if len(state.ranks) > 1: yield "devices", _devices(state)
+    if devices := devices_of(state): yield "devices", devices
+    if slowest := slowest_of(state): yield "", slowest
     if state.pid and (alive or state.status == "crashed"):
         how = process_state or ("" if alive else "gone")
         beat = f"sign of life {_age(state.heartbeat)}" if alive and state.heartbeat else ""
@@ -113,19 +117,6 @@ def _pairs(state: State, process_state: str | None) -> Iterable[tuple[str, str]]
     if state.write_errors: yield "disk", f"{state.write_errors:,} writes to the run folder failed"
     if state.checkpoint_step is not None: yield "checkpoint", f"step {state.checkpoint_step:,}"
     if state.attempt and state.attempt != 1: yield "attempt", str(state.attempt)
-
-
-def _devices(state: State) -> str:
-    "`2 (cuda:0, cuda:1), ddp · rank 1 is the slowest: 0.21 s a step of its own`"
-    names = list(dict.fromkeys(str(rank.get("device")) for rank in state.ranks))
-    shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    timed = [rank for rank in state.ranks if isinstance(rank.get("step_seconds"), (int, float))]
-    slowest = max(timed, key=lambda rank: rank["step_seconds"], default=None)
-    slow = f"{slowest['step_seconds']:.3g} s a step of its own" if slowest else ""
-    if slow: slow = f" · rank {slowest.get('rank')} is the slowest: {slow}"
-    hosts = len({rank.get("host") for rank in state.ranks})
-    where = f" on {hosts} machines" if hosts > 1 else ""
-    return f"{len(state.ranks)}{where} ({shown}), {state.strategy or '?'}{slow}"
 
 
 def position(state: State) -> str:
@@ -141,6 +132,8 @@ def helps(state: State, meta: dict) -> str | None:
     status, code = state.status, (state.reason or {}).get("code")
     if status not in (*ENDED_BADLY, "stalled"): return None
     key = status if status in ("crashed", "stalled") else "non_finite" if status == "diverged" else code
+    if is_elsewhere(state) and unheard(state) > HEARD:
+        key = "held" if state.locked else "silent" if status == "stalled" else key
     def of(record, name, kind, default):
         return found if isinstance(found := record.get(name), kind) and found else default
     training, argv = of(of(meta, "config", dict, {}), "training", dict, {}), of(meta, "argv", list, [])
@@ -148,7 +141,8 @@ def helps(state: State, meta: dict) -> str | None:
     batch, accumulate = of(training, "batch_size", int, 2), of(training, "grad_accum_steps", int, 1)
     lr = of(training, "lr", float, 1e-3)
     return HELPS.get(key, "llm-trainer logs {id}   then: llm-trainer resume {id}").format(
-        id=state.run_id, config=config, half=max(1, batch // 2), double=accumulate * 2, lower=f"{lr / 2:g}")
+        id=state.run_id, config=config, half=max(1, batch // 2), double=accumulate * 2, lower=f"{lr / 2:g}",
+        host=state.host)
 
 
 def card(state: State, meta: dict = {}, log: list[str] = [], process_state: str | None = None, notes: str = "") -> str:

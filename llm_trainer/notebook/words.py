@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from ..runs.state import ENDED, LIVE, State, look_of
+from ..runs.state import ENDED, LIVE, State, devices_of, look_of, slowest_of
 from ..terminal import clean, count, duration, number
 
 # %% auto #0
@@ -80,10 +80,12 @@ def headline(
         figures.append(f"{state.progress.get('what')}: {state.progress.get('done')} of {state.progress.get('total')}")
     reason, further = (state.reason or {}).get("message"), advice(state)
     first = " ".join((note or "").split())[:120]
+    together = " · ".join(safe(t) for t in (devices_of(state), slowest_of(state)) if t)
     return (f'<div style="line-height:1.5"><b>{safe(state.run_id)}</b> &nbsp;'
             f'<b style="color:{colour}">{look.sign} {safe(state.status)}{phase}</b>'
             + (f' &nbsp;<i style="opacity:.7">{safe(first)}</i>' if first else "") + "<br>"
             + " · ".join(safe(t) for t in [position(state), *figures] if t)
+            + (f'<div style="opacity:.85">devices: {together}</div>' if together else "")
             + (f'<pre style="white-space:pre-wrap;margin:.3em 0;color:{colour}">{safe(reason)}</pre>' if reason else "")
             + (f'<div style="opacity:.85">{safe(further)}</div>' if further else "") + "</div>")
 

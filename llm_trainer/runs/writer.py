@@ -9,6 +9,7 @@ __all__ = ['EVERY', 'HANDLERS', 'History', 'Pace', 'StateFile', 'fresh', 'Reques
 
 # %% ../../nbs/09b_writer.ipynb #e0b35727
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..errors import BusyError
 from .run import Run
-from .state import State
+from .state import TERMINAL, State
 from ..system import locks, process
 from ..system.energy import Meter
 from ..system.files import FULL, Appender, encode, overwrite, path_of, plain, timestamp, write_whole
@@ -101,6 +102,7 @@ class StateFile:
     ):
         self.run, self.clock, self.wall = run, clock, wall
         self.state, self.pace, self.wrote = run.state(), Pace(), -math.inf
+        self.written: tuple[int, int] | None = None # What the file looked like after our last write
         self.begin()
 
     def begin(self) -> None:
@@ -111,8 +113,20 @@ class StateFile:
         "The loop has come further"
         self.state.update(progress_at=self.wall(), progress_monotonic=self.clock())
 
+    def _look(self) -> tuple[int, int] | None:
+        try: found = os.stat(self.run.folder / "state.json")
+        except OSError: return None
+        return found.st_ino, found.st_mtime_ns
+
+    @property
+    def given_up(self) -> bool:
+        "Has somebody else written meanwhile that the run has ended?"
+        if self.written is None or self._look() in (None, self.written): return False
+        return self.run.state().status in TERMINAL
+
     def write(self, durable:bool=False) -> None:
         "Replace the file"
+        if self.given_up: return
         self.wrote = self.clock()
         if self.state.status != "queued": self.state.elapsed_seconds = round(self.clock() - self.began, 3)
         usual = self.pace.usual
@@ -122,6 +136,7 @@ class StateFile:
         except OSError as e:
             self.state.write_errors += 1
             if e.errno in FULL: self.quietly(lambda: overwrite(path, self.state.to_record()))
+        self.written = self._look()
 
     def write_seldom(self) -> None:
         "Replace the file, unless that was done just now"
@@ -297,10 +312,16 @@ def _on_prepared(writer:RunWriter, e) -> None:
     if "prepared_at" not in writer.run.meta: writer.run.complete_meta(**facts)
     device = facts.get("device") or writer.state.device
     if isinstance(device, dict):
-        if device.get("type") == "cuda": writer.energy = Meter(tuple(range(writer.attempt.get("world_size") or 1)))
+        if device.get("type") == "cuda": writer.energy = Meter(_gpus(writer.attempt.get("devices") or ["cuda:0"]))
         device = device.get("type")
     writer.update(device=device, strategy=facts.get("strategy"),
                   **{key: e.meta[key] for key in ("steps", "epochs") if e.meta.get(key) is not None})
+
+
+def _gpus(devices:list[str]) -> tuple[int, ...]:
+    "The numbers of this machine's GPUs among the devices of a run; other machines have the same"
+    return tuple(sorted({int(number or 0) for kind, _, number in (name.partition(":") for name in devices)
+                         if kind == "cuda"}))
 
 
 def _save_tried(writer:RunWriter) -> None:
@@ -325,7 +346,7 @@ def _on_step(writer:RunWriter, e) -> None:
     pace.step(writer.file.clock())
     state.update(step=e.step, epoch=e.epoch, tokens=e.tokens, tokens_per_second=e.tokens_per_second,
                  memory_bytes=e.memory_bytes, eta_seconds=e.eta_seconds)
-    for rank, seconds in zip(state.ranks, getattr(e, "rank_seconds", ())): rank["step_seconds"] = seconds
+    _compare(writer, getattr(e, "rank_seconds", ()))
     if e.loss is not None:
         pace.log(e.tokens, e.tokens_per_second)
         writer.history.add(e.step, plain(e.loss))
@@ -334,6 +355,14 @@ def _on_step(writer:RunWriter, e) -> None:
         writer.say(f"step {e.step}/{state.steps or '?'}  epoch {e.epoch:.2f}  loss {e.loss:.4f}  "
                    f"{count(e.tokens_per_second)} tokens/s  {duration(e.eta_seconds)} left")
     writer.file.write_seldom()
+
+
+def _compare(writer:RunWriter, seconds:tuple[float, ...]) -> None:
+    "Takes note of how long each of several ranks computes in a step, and waits for the slowest of them"
+    if not seconds: return
+    step = max(*seconds, writer.file.pace.usual or 0.0, 1e-9)
+    for rank, own in zip(writer.state.ranks, seconds):
+        rank.update(step_seconds=own, waits=round((max(seconds) - own) / step, 3))
 
 
 def _on_evaluated(writer:RunWriter, e) -> None:

@@ -67,10 +67,11 @@ def write_whole(
     path:Path,
     record:dict[str, Any],
     durable:bool=False, # Return only when the disk has it
-    exact:bool=False # See `encode`
+    exact:bool=False, # See `encode`
+    aside:str="" # Tells this writer from others that may write at the same time
 )->None:
-    "Replaces the JSON file `path` by `record`, as one act; one writer at a time"
-    tmp = path.with_name(f".{path.name}.tmp")
+    "Replaces the JSON file `path` by `record`, as one act; one writer at a time, unless each is told `aside`"
+    tmp = path.with_name(f".{path.name}{aside}.tmp")
     try:
         fd = os.open(tmp, os.O_WRONLY | os.O_TRUNC | CREATE, 0o600)
         try:

@@ -13,6 +13,7 @@ import json
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,12 +137,13 @@ class Alone:
         "Called after a pass that was not for training"
 
     def busy_seconds(self)->float|None:
-        "How long this rank computed in its last step, without waiting for others"
+        "How long this rank computes in a step, without waiting for others: the mean of the last ones"
 
 # %% ../../nbs/07a_distributed.ipynb #9ba2d27e
 class Replicated(Alone):
     "DDP: a copy on each device; the gradients are averaged while the last micro-batch of a step runs backward"
     strategy = "ddp"
+    SPANS = 20 # Steps whose times are kept
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class Replicated(Alone):
         dtype:str="float32" # Format of the numbers it computes with
     ):
         super().__init__(model, group, compile, dtype)
-        self._inner = self.loss
+        self._inner, self._spans = self.loss, deque(maxlen=self.SPANS)
         with warnings.catch_warnings(): # torch 2.13 has another name for what broadcast_buffers means here
             warnings.simplefilter("ignore", FutureWarning)
             self.loss = nn.parallel.DistributedDataParallel(_Loss(self), broadcast_buffers=False,
@@ -177,12 +179,15 @@ class Replicated(Alone):
 
     def forwarded(self)->None:
         "Called at the end of a forward pass"
-        if self._last: self._ended = self._now()
+        if self._last: self._spans.append((self._began, self._now(), self._rounds))
 
     def busy_seconds(self):
-        on_cpu = isinstance(self._ended, float)
-        seconds = self._ended - self._began if on_cpu else self._began.elapsed_time(self._ended) / 1000
-        return seconds * 3 * self._rounds / (3 * self._rounds - 2)
+        def busy(began, ended, rounds):
+            seconds = ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
+            return seconds * 3 * rounds / (3 * rounds - 2)
+        each = [busy(*span) for span in self._spans]
+        self._spans.clear()
+        return sum(each) / len(each)
 
 
 class _Loss(nn.Module):
@@ -219,6 +224,7 @@ class Sharded(Replicated):
         fully_shard(model, mesh=mesh)
         for method in "training_loss", "loss": register_fsdp_forward_method(model, method)
         self.model, self.group, self.hold, self._inner = model, group, hold, model.training_loss
+        self._spans = deque(maxlen=self.SPANS)
         self.loss = _Loss(self)
 
     def rest(self): self.model.reshard() # backward would have done it

@@ -13,7 +13,7 @@ from llm_trainer.runs.run import RUN_ID, Run, is_run
 from llm_trainer.events import silent
 from llm_trainer.terminal import clean
 from llm_trainer.tui.glyphs import line
-from llm_trainer.runs.state import LIVE, STATES, look_of
+from llm_trainer.runs.state import LIVE, STATES, devices_of, look_of, slowest_of
 from llm_trainer.workspace import Workspace
 
 PROBES = 200  # how many finished runs are looked at again per poll
@@ -51,6 +51,8 @@ class RunRow:
     code: str = ""
     history: tuple[float, ...] = ()
     doing: str = ""
+    devices: str = ""
+    slowest: str = ""
 
     @property
     def live(self) -> bool: return self.status in LIVE
@@ -151,7 +153,8 @@ def row_of(run: Run, now: float) -> RunRow:
         pid=state.pid,
         device=line(kind, 12), device_name=line(device.get("name"), 40), dataset=dataset_of(meta), note=line(note, 80),
         parameters=_number(meta.get("parameters")), reason=line(reason.get("message"), 400),
-        code=line(reason.get("code"), 30), doing=_doing(state.progress) if status in LIVE else "")
+        code=line(reason.get("code"), 30), doing=_doing(state.progress) if status in LIVE else "",
+        devices=line(devices_of(state), 200), slowest=line(slowest_of(state), 200))
 
 
 def _doing(progress: dict | None) -> str:

@@ -21,7 +21,7 @@ from llm_trainer.tui.messages import RunRead
 from llm_trainer.tui.readers import RunNews, RunReader, RunRow, Sample, epochs, settings_of
 from llm_trainer.tui.screens.actions import PlotActions, Polling, RunActions
 from llm_trainer.tui.widgets.key_bar import KeyBar
-from llm_trainer.tui.widgets.lines import Lines
+from llm_trainer.tui.widgets.lines import Lines, flow
 from llm_trainer.tui.widgets.log import Log
 from llm_trainer.tui.widgets.plot import Curve, Plot
 from llm_trainer.tui.widgets.table import Column, Table
@@ -172,6 +172,8 @@ class RunScreen(Polling, RunActions, PlotActions, Screen[None]):
             second.append(Content.assemble((f"{name} ", "$foreground 60%"),
                                            (value, "bold" if name in ("loss", "val") else "")))
         text = [first, Content("   ").join(second)]
+        if row.devices: text += flow([Content.assemble(("devices ", "$foreground 60%"), row.devices),
+                                      *([Content(row.slowest)] if row.slowest else [])], width)
         if row.reason and row.status != "stopped":
             text.append(Content.assemble((f"{row.code}: " if row.code else "", f"bold ${row.color}"), row.reason))
             text.append(Content.assemble(("→ ", "$foreground 60%"), (row.command, "bold")))
