@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -499,6 +500,34 @@ def test_a_stranger_is_never_signalled(trained, space):
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
+
+
+def test_a_run_that_is_heard_of_from_another_machine_is_busy(trained, space, monkeypatch):
+    far = dict(host="far-away", boot_id="another", pid=7, status="running", heartbeat=time.time())
+    write(trained, far)
+    over = threading.Event()
+    def live():
+        while not over.wait(0.05): write(trained, dict(heartbeat=time.time()))
+    other = threading.Thread(target=live)
+    other.start()
+    try:
+        with pytest.raises(BusyError, match="pid 7 on far-away, last heard(.|\n)*stop trained"):
+            launch.resume(trained, space)
+        launch.stop(trained, timeout=0)  # it sees the file
+        assert trained.asked() == {"stop"}
+    finally:
+        over.set()
+        other.join()
+    monkeypatch.setattr(launch, "LISTEN", 0.5)
+    with launch.own(trained): pass  # silent by now
+    holder = locks.Lock(trained.folder / "lock")
+    holder.acquire()
+    write(trained, dict(status="failed", heartbeat=time.time() - 100))
+    with pytest.raises(BusyError, match="has ended (.|\n)*on far-away: llm-trainer stop trained --now"):
+        launch.resume(trained, space)
+    for now in (False, True):
+        with pytest.raises(BusyError, match="on far-away"): launch.stop(trained, now)
+    holder.release()
 
 
 def write(run, state):

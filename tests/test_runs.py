@@ -142,6 +142,12 @@ def test_a_pid_says_nothing_about_being_alive(runs):
     assert run.status().status == "crashed"
 
 
+def test_energy_is_that_of_the_gpus_that_train():
+    from llm_trainer.runs.writer import _gpus
+    assert _gpus(["cuda:0", "cuda:2"]) == (0, 2) and _gpus(["cuda:1"]) == (1,) and _gpus(["cuda"]) == (0,)
+    assert _gpus(["cuda:0", "cuda:1"] * 2) == (0, 1) and _gpus(["cpu"]) == ()  # two machines: this one's
+
+
 def test_a_silent_loop_is_stalled_and_a_set_clock_is_not(runs):
     now = SimpleNamespace(wall=1e9, mono=5e3)
     run = create_run(runs, CONFIG, locked=True)
@@ -158,6 +164,38 @@ def test_a_silent_loop_is_stalled_and_a_set_clock_is_not(runs):
     assert [status(500), status(2000)] == ["running", "stalled"]
     state = replace(run.state(), boot_id="another machine's")
     assert derive(state, True, wall=state.progress_at + 3000) == "stalled"
+
+
+def test_a_run_of_another_machine_goes_by_its_signs_of_life_where_its_lock_is_not_seen(runs):
+    run, far = create_run(runs, CONFIG), dict(host="far-away", boot_id="another")
+    def status(later, **changes):
+        record = {**run.state().to_record(), **process.identity(), "status": "running", "heartbeat": 1e6, **changes}
+        write_whole(run.folder / "state.json", record)
+        return run.status(wall=1e6 + later).status
+    assert [status(59, **far), status(61, **far), status(601, **far)] == ["running", "stalled", "crashed"]
+    assert status(59, **far, heartbeat=None) == "crashed" and status(59, **far, status="queued") == "queued"
+    assert status(61, **far, status="failed") == "failed"
+    for near in ({}, dict(host="far-away"), dict(boot_id="another"), dict(host=None, boot_id="another")):
+        assert status(1, **near) == "crashed", near  # this machine, a container of it, or what it was before it booted
+
+
+def test_a_writer_that_was_given_up_has_no_more_to_say(writer):
+    writer.log(event("phase", name="training"))
+    writer.log(step(1))
+    writer.update(val_loss=2.0)
+    run = writer.run
+    given_up = {**run.state().to_record(), "status": "failed", "reason": {"code": "rank_lost", "message": "silent"}}
+    write_whole(run.folder / "state.json", given_up, aside=".other")
+    writer.beat()
+    writer.log(step(2))
+    writer.finish("completed")
+    assert run.state().status == "failed" and run.state().reason == given_up["reason"] and run.state().step == 1
+    other = RunWriter(run, run.lock)  # of the attempt that goes on
+    other.log(event("phase", name="training"))
+    assert run.state().status == "running"
+    write_whole(run.folder / "state.json", {**run.state().to_record(), "loss": 5.0})  # no end: a restored file
+    other.update(val_loss=1.0)
+    assert run.state().val_loss == 1.0 and not list(run.folder.glob(".*"))
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff" * 99, b"[" * 200_000,

@@ -21,9 +21,10 @@ from llm_trainer.training.checkpoint import Checkpoints
 from llm_trainer.errors import BusyError, CheckpointError, NotFoundError, RunFailed, UsageError
 from llm_trainer.events import Emit, print_notes, silent
 from llm_trainer.system.files import CREATE, FULL, remove, sync_folder, write_whole
+from llm_trainer.terminal import duration
 from llm_trainer.runs.queue import Queue, choose_devices, kind_of
 from llm_trainer.runs.run import Run, check_id, create_run, is_run, sweep
-from llm_trainer.runs.state import State
+from llm_trainer.runs.state import GONE, HEARD, TERMINAL, State, is_elsewhere, unheard
 from llm_trainer.workspace import Workspace
 
 LR_PLANS = ("redecay", "hold", "rewarm")
@@ -146,32 +147,61 @@ def environment(space: Workspace) -> dict[str, str]:
             **({"PYTHONPATH": path} if path else {})}
 
 
-def mark(run: Run, status: str, code: str | None = None, message: str | None = None) -> None:
-    "Writes how a run stands on behalf of a worker that is not there; the run's lock must be ours"
+def mark(run: Run, status: str, code: str | None = None, message: str | None = None, aside: str = "") -> None:
+    """Writes how a run stands on behalf of a worker that is not there; the run's lock must be ours. `aside`: it is not,
+    as nobody can end its holder from here, who will see this when it wakes"""
     reason = {"code": code, "message": message} if code else None
     state = run.state()
     state.update(run_id=run.id, status=status, phase=None, reason=reason, eta_seconds=None, waiting_for=[])
-    write_whole(run.folder / "state.json", state.to_record(), durable=True)
+    write_whole(run.folder / "state.json", state.to_record(), durable=True, aside=aside)
+
+
+LISTEN = 15.0  # seconds in which a process gives a sign of life three times
 
 
 @contextmanager
-def own(run: Run):
-    "The lock of an idle run, for as long as the block lasts; BusyError when a process has it"
+def own(run: Run, listen: bool = True):
+    """The lock of an idle run, for as long as the block lasts; BusyError when a process has it, or still gives signs of
+    life on another machine, whose locks may not be seen here (`listen`)"""
     lock = locks.Lock(run.folder / "lock")
     try: mine = lock.acquire(wait=0.5)  # a viewer's probe takes no longer
     except FileNotFoundError: raise NotFoundError(f"Run {run.id} is gone.\nSee the runs: llm-trainer runs") from None
     except OSError as e:
         raise CheckpointError(f"The lock of {run.id} can't be opened: {e.strerror}.\n"
                               f"Remove what lies at {lock.path} and try again.") from None
-    if not mine:
-        raise BusyError(f"{run.id} is being trained by another process (pid {run.state().pid}).\n"
-                        f"See it: llm-trainer status {run.id}   Stop it: llm-trainer stop {run.id}")
+    if not mine: raise BusyError(busy(run))
     try:
+        if listen and _is_heard(run): raise BusyError(busy(run))
         failpoints.hit("lock.taken")
         yield lock
     finally:
         failpoints.hit("lock.release")
         lock.release()
+
+
+def busy(run: Run) -> str:
+    "Who has a run, and what helps"
+    state = run.state()
+    away = is_elsewhere(state)
+    heard = f", last heard {duration(unheard(state))} ago" if away and state.heartbeat else ""
+    who = f"pid {state.pid}{f' on {state.host}' if away else ''}{heard}"
+    if state.status in TERMINAL:
+        return (f"{run.id} has ended ({state.status}), and a process of it still holds its lock ({who}).\n"
+                f"End that process{f', on {state.host}' if away else ''}: llm-trainer stop {run.id} --now")
+    silent = (f"\nWhere it doesn't answer, end it on {state.host}: llm-trainer stop {run.id} --now"
+              if away and unheard(state) > HEARD else "")
+    return (f"{run.id} is being trained by another process ({who}).\n"
+            f"See it: llm-trainer status {run.id}   Stop it: llm-trainer stop {run.id}{silent}")
+
+
+def _is_heard(run: Run) -> bool:
+    "Does a process on another machine train this run? Its lock may not be seen here: then it gives signs of life"
+    state, deadline = run.state(), time.monotonic() + LISTEN
+    if state.status in TERMINAL or not is_elsewhere(state) or unheard(state) > GONE: return False
+    while time.monotonic() < deadline:
+        if run.state().heartbeat != state.heartbeat: return True
+        time.sleep(0.2)
+    return False
 
 
 # -- Resuming --
@@ -391,7 +421,7 @@ def stop(
     timeout: float | None = None,  # seconds to wait for the worker; None: as long as it takes
 ) -> State:
     "Asks the worker to save and end, and waits for it; gives the last status. Stopping what has ended changes nothing"
-    if run.locked:
+    if _lives(run):
         if now: _end(run)
         elif run.request("stop"):
             process.send(run.state().to_record(), signal.SIGTERM)  # a wake-up; the file is what asks
@@ -411,11 +441,17 @@ def _awake(run: Run) -> None:
 def _wait(run: Run, show, timeout: float | None) -> None:
     deadline = time.monotonic() + timeout if timeout is not None else None
     shown = 0.0
-    while run.locked and (deadline is None or time.monotonic() < deadline):
-        if show and time.monotonic() - shown >= 0.5:
-            shown = time.monotonic()
-            show(run.status())
+    while _lives(run) and (deadline is None or time.monotonic() < deadline):
+        if time.monotonic() - shown >= 0.5:
+            shown, state = time.monotonic(), run.status()
+            if show: show(state)
+            if is_elsewhere(state) and unheard(state) > HEARD: raise BusyError(busy(run))  # it can't be woken from here
         time.sleep(0.02)
+
+
+def _lives(run: Run) -> bool:
+    "Does a process have the run, here or on a machine whose locks are not seen here?"
+    return run.locked or run.status().status in ("queued", "running")
 
 
 def _end(run: Run) -> None:
@@ -424,7 +460,8 @@ def _end(run: Run) -> None:
     record = run.state().to_record()
     with suppress(OSError): run.request("end")
     for signum, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-        if not run.locked or not process.send_group(record, signum): return
+        if not _lives(run): return
+        if not process.send_group(record, signum): return _wait(run, None, patience * is_elsewhere(run.state()))
         _wait(run, None, patience)
 
 

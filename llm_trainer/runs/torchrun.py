@@ -25,7 +25,7 @@ from llm_trainer.runs.queue import Queue
 from llm_trainer.runs.rank import asked_by_signal, take_part
 from llm_trainer.runs.ranks import BEAT, HUNG, SLOW, is_echo
 from llm_trainer.runs.run import Run
-from llm_trainer.runs.state import TERMINAL
+from llm_trainer.runs.state import TERMINAL, State
 from llm_trainer.runs.writer import RunWriter
 from llm_trainer.system import locks, process
 from llm_trainer.system.files import remove
@@ -33,6 +33,8 @@ from llm_trainer.workspace import Workspace
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COME = 300.0  # seconds in which all ranks are there: the slowest of them reads Python from a network's disk
+SILENT = 3 * worker.HEARTBEAT  # seconds without a sign of life on the disk, after which a rank 0 is given up
+ALONE = "torchrun is gone"  # why a rank ends whose own torchrun has ended
 GRACE = 5.0  # seconds in which a rank that heard of the end of another one says so itself
 
 
@@ -191,6 +193,7 @@ class Team:
         self._silent: dict[int, float] = {}  # seconds without a new sign of life
         self._words: dict[int, dict] = {}  # the last ones of ranks that failed
         self._signalled = 0
+        self._written: tuple[float | None, float] = None, time.monotonic()  # rank 0's last heartbeat on the disk
         self._on_loss: Callable[[str], None] = lambda why: None
 
     def tell(self, key: str, value: Any) -> None: self._store.set(key, json.dumps(value))
@@ -242,7 +245,7 @@ class Team:
                 why = self._judge()
             except Exception as e:
                 why = f"torchrun's store does not answer any more ({type(e).__name__})"
-            if os.getppid() != self.launcher: why = "torchrun is gone"
+            if os.getppid() != self.launcher: why = ALONE
             grace = (grace or time.monotonic() + (0 if "no sign" in why or "no further" in why
                                                   else GRACE)) if why else None
             if grace and time.monotonic() >= grace and not self._ending: self._lose(why)
@@ -265,6 +268,7 @@ class Team:
         if self.rank:
             if self._pulse.check(["end"]) or 0 in gone: return "rank 0 is gone"
             return "rank 0 gave no sign of life" if self._silent.get(0, 0.0) > limit + 2 * GRACE else None
+        if self._pulse.check(["end"]): return "the others gave up rank 0, which was silent,"
         if gone: return f"{self.name(gone[0])} is gone"
         for rank, silent in self._silent.items():
             if silent > limit: return f"{self.name(rank)} gave no sign of life for {limit:.0f} seconds"
@@ -273,9 +277,15 @@ class Team:
 
     def _limit(self) -> float:
         "How many seconds a rank may be silent now"
-        state = self.run.state() if self.run else None
+        state = self._look() if self.run else None
         if state is None or not state.ranks: return 10 * SLOW  # the text is prepared
         return max(HUNG, 10 * state.step_seconds) if state.phase == "training" and state.step_seconds else SLOW
+
+    def _look(self) -> State:
+        "How the run stands on the disk; takes note of when rank 0 last wrote there"
+        state = self.run.state()
+        if state.heartbeat != self._written[0]: self._written = state.heartbeat, time.monotonic()
+        return state
 
     def _lose(self, why: str) -> None:
         "Ends this process; rank 0 stores why, or another rank if rank 0 is gone"
@@ -471,10 +481,24 @@ class Team:
         return code or self._code_of_end()
 
     def _inherit(self, why: str) -> None:
-        "Stores what rank 0 can't: why the run ended"
-        with launch.own(self.run) as lock:
-            state = self.run.state()
-            if state.status in TERMINAL: return
-            launch.mark(Run(self.run.folder, lock), "failed", "rank_lost",
-                        f"{why[0].upper()}{why[1:]}, at step {state.step}.\n"
-                        f"Go on from the newest checkpoint: start the same torchrun with `resume {self.run.id}`.")
+        """Stores what rank 0 can't: why the run ended. A rank 0 that can't be ended from here may have the run's lock
+        and be suspended, or its machine gone: once nothing is heard of it on the disk either, it is given up"""
+        deadline = time.monotonic() + SILENT + GRACE
+        while True:
+            with suppress(launch.BusyError), launch.own(self.run, listen=False) as lock:
+                return self._give_up(Run(self.run.folder, lock), why)
+            state = self._look()
+            if state.status in TERMINAL or why == ALONE or time.monotonic() > deadline: return  # it says why itself
+            if time.monotonic() - self._written[1] > SILENT: break
+            time.sleep(BEAT)
+        first = self.known[0]
+        still = " and" if why.startswith("rank 0") else "; rank 0"
+        self._give_up(self.run, f"{why}{still} still holds the run's lock (pid {first['pid']})",
+                      f"End it on {first['host']}: llm-trainer stop {self.run.id} --now\n", f".rank-{self.rank}")
+        with suppress(Exception): self._pulse.set("end", json.dumps({"code": 1}))  # for when it wakes
+
+    def _give_up(self, run: Run, why: str, before: str = "", aside: str = "") -> None:
+        state, what = run.state(), why.replace("rank 0", self.name(0))
+        if state.status in TERMINAL: return
+        launch.mark(run, "failed", "rank_lost", f"{what[0].upper()}{what[1:]}, at step {state.step}.\n{before}"
+                    f"Go on from the newest checkpoint: start the same torchrun with `resume {run.id}`.", aside)
