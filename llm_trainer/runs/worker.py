@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llm_trainer import workspace
 from llm_trainer.system import failpoints, locks, process
-from llm_trainer.errors import BusyError, LLMTrainerError
+from llm_trainer.errors import BusyError, LLMTrainerError, UsageError
 from llm_trainer.events import Emit, Event, Finished, Note, Stopping, Waiting, silent
 from llm_trainer.runs import ranks
 from llm_trainer.runs.launch import Queue
@@ -131,11 +131,17 @@ def _wait_for_turn(run: Run, queue: Queue, writer: RunWriter, emit: Emit) -> Non
 
 
 def take_device(name: str) -> str:
-    "Makes a device, such as cuda:1, the one this process computes on; returns its kind"
+    "Makes a device, such as cuda:1, the one this process computes on; returns its kind. UsageError if it is not there"
     kind, _, index = name.partition(":")
-    if index and int(index):
+    if kind == "cuda":
         import torch
-        torch.cuda.set_device(int(index))
+        from llm_trainer.device import why_not
+        there, number = torch.cuda.device_count(), int(index or 0)
+        if why := why_not("cuda"): raise UsageError(f"This run computes on cuda, but {why}.")
+        if number >= there:
+            raise UsageError(f"GPU {number} is not there. {os.uname().nodename} shows {there}, numbered from 0.\n"
+                             f"Take all of them: --devices {there} (under torchrun --nproc-per-node {there})")
+        torch.cuda.set_device(number)  # also the first: a device mesh would choose one for who has not chosen
     return kind
 
 

@@ -144,7 +144,8 @@ def _macos_start(pid: int) -> int | None:
 
 def accelerator() -> str:
     "The device that `auto` will mean here, guessed without torch: cuda, mps or cpu"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and os.path.exists("/dev/nvidiactl"): return "cuda"
+    nvidia = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") and bool(gpus())  # WSL2 has no nvidiactl
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and nvidia: return "cuda"
     return "mps" if MACOS and os.uname().machine == "arm64" else "cpu"
 
 
@@ -152,11 +153,13 @@ def accelerator() -> str:
 def gpus() -> list[str]:
     "The UUIDs that NVIDIA's driver has for the GPUs this process may use, in CUDA's order; found without torch"
     there = [found for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")) if (found := _uuid(path))]
+    there = there or _asked_of_nvml()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None: return there
     shown: list[str] = []
     for name in (part.strip() for part in visible.split(",")):
         match = [there[int(name)]] if name.isdecimal() and int(name) < len(there) else \
+            [name] if name.startswith("MIG-") else \
             [uuid for uuid in there if name.startswith("GPU-") and uuid.startswith(name)]
         if len(match) != 1: break  # CUDA too stops at the first that is none
         shown += match
@@ -166,3 +169,19 @@ def gpus() -> list[str]:
 def _uuid(path: Path) -> str | None:
     try: return next((line.split()[-1] for line in path.read_text().splitlines() if line.startswith("GPU UUID")), None)
     except OSError: return None
+
+
+def _asked_of_nvml() -> list[str]:
+    "The same from NVIDIA's library, for a container or a WSL2 whose /proc doesn't tell"
+    if not (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")): return []
+    import ctypes
+    try:
+        nvml, count, found = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_uint(), []
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)): return []
+        for i in range(count.value):
+            handle, uuid = ctypes.c_void_p(), ctypes.create_string_buffer(96)
+            if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(handle)) or nvml.nvmlDeviceGetUUID(handle, uuid, 96):
+                return []
+            found.append(uuid.value.decode())
+        return found
+    except (OSError, AttributeError, UnicodeError): return []

@@ -28,7 +28,8 @@ from ..data.corpus import RULE, Corpus
 from ..data.pretrained import model_folder
 from ..data.sources import each_corpus, open_mix
 from ..data.tokenizer import Tokenizer, prepare_tokenizer
-from ..device import Resolution, available_threads, describe, keeping_settings, resolve, seed_everything
+from ..device import (
+    Resolution, available_threads, describe, keeping_settings, resolve, seed_everything, total_memory)
 from ..errors import DataError, LLMTrainerError, UsageError
 from ..events import Emit, Event, Note, Phase, Prepared, print_notes, silent
 from ..generation.sampler import generate
@@ -242,7 +243,8 @@ def spread_out(
     emit:Emit # Called with how and why, if there are several
 )->Alone:
     "The model on the devices it is trained on"
-    strategy, hold, why = how_to_spread(config, model.vocab_size, resolution, group)
+    least = int(min(group.each(total_memory(resolution.device)))) # not all GPUs of a machine need be alike
+    strategy, hold, why = how_to_spread(config, model.vocab_size, replace(resolution, memory_bytes=least), group)
     if group.world > 1: emit(Note(f"{group.world} devices, {strategy}: {why}"))
     device = torch.device(resolution.device)
     spread = lay_out(model, group, strategy, device, resolution.compile, resolution.dtype, hold)

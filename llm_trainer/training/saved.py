@@ -42,9 +42,10 @@ def write_state(
     if bad := [name for one in ranks for name in one["bad"]]:
         raise RunFailed("non_finite", f"{', '.join(bad[:3])} hold NaN or infinity at step {trainer.state.step}; "
                         "not saved.\nResume from the last checkpoint with a lower learning rate.")
+    shared = trainer.spread.strategy == "fsdp" # a device may have no room for what is put together
     states = ((name, key, whole(t)) for name, state in trainer.optimizer.named_state().items()
               for key, t in state.items())
-    states = {f"{name}.{key}": to_hf(model, name, t).contiguous() if t.ndim else t
+    states = {f"{name}.{key}": to_hf(model, name, t.cpu() if shared else t).contiguous() if t.ndim else t
               for name, key, t in states if mine(name)}
     (folder / "state").mkdir(exist_ok=True) # from here on a rank may fail on its own: no collective below
     part = f"-{group.rank + 1:05}-of-{group.world:05}" if group.world > 1 else ""
