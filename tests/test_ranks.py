@@ -35,6 +35,22 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_alone(space):
     assert worker.work(again, space) == 0 and again.status().status == "completed"
 
 
+@pytest.mark.slow
+def test_one_killed_of_eight_ends_all_and_two_go_on(space):
+    run = launch.start(tiny(epochs=1000), space, "eight", devices="8")
+    until(lambda: run.state().step >= 6 or not run.locked)
+    ranks = run.state().ranks
+    assert len(ranks) == 8
+    os.kill(ranks[5]["pid"], signal.SIGKILL)
+    until(lambda: not run.locked)
+    assert run.status().reason["code"] == "rank_lost" and "Rank 5 (cpu)" in run.status().reason["message"]
+    until(lambda: all(process.process_state(rank["pid"]) in (None, "zombie") for rank in ranks))
+    step = launch.plan_resume(run, space, devices="2").from_step
+    again = launch.resume(run, space, devices="2", changes={"max_steps": step + 4}, background=False)
+    assert step >= 5 and worker.work(again, space) == 0
+    assert again.status().status == "completed" and again.state().step == step + 4 and len(again.state().ranks) == 2
+
+
 def test_a_rank_is_named_where_torchrun_saw_its_end_first(space, monkeypatch):
     monkeypatch.setattr(ranks.Launch, "_look_after", lambda self: None)  # a launcher that is never in time
     run = launch.start(tiny(epochs=1000), space, "late", devices="2", background=False)
@@ -84,3 +100,35 @@ def test_devices_are_chosen_and_refused(tmp_path, monkeypatch):
         with pytest.raises(UsageError): choose_devices(wrong, gpu, tmp_path)
     with pytest.raises(UsageError, match="can't share 5 sequences"): launch.take_devices("2", {"training": dict(
         device="cpu", batch_size=5, grad_accum_steps=1)}, tmp_path)
+
+
+def test_the_bytes_on_the_wires_are_those_of_a_calculation_by_hand():
+    from llm_trainer.config import ModelConfig
+    from llm_trainer.model.cost import parameter_table
+    from llm_trainer.training.scaling import Wires, all_gather_seconds, all_reduce_seconds, step_time, wires_of
+    wires = Wires(inside=100.0, outside=10.0, devices=8, latency=0.0)
+    assert all_reduce_seconds(800, 1, wires) == 0
+    assert all_reduce_seconds(800, 2, wires) == 2 * 1 / 2 * 800 / 100
+    assert all_reduce_seconds(800, 8, wires) == 2 * 7 / 8 * 800 / 100
+    # two machines: each device sends an eighth of it through its own card
+    assert all_reduce_seconds(800, 16, wires) == 2 * 7 / 8 * 800 / 100 + 2 * 1 / 2 * 100 / 10
+    assert all_gather_seconds(800, 8, wires) == 7 / 8 * 800 / 100
+    cfg = ModelConfig(arch="gpt2", n_layer=2, n_head=2, n_embd=32, n_hidden=128, seq_len=16)
+    table = parameter_table(cfg, 64)
+    hidden, rest = table["attention"] + table["mlp"], sum(table.values()) - table["attention"] - table["mlp"]
+    def sent(strategy, world=8, optimizer="adamw", rounds=1):
+        return step_time(cfg, 64, world * 4 * rounds, world, 1e9, wires, 4, strategy, optimizer).sent
+    def near(seconds): return pytest.approx(seconds, rel=1e-9)
+    share = 7 / 8 / 100
+    assert sent("ddp") == sent("ddp", rounds=3) == near(2 * share * 4 * (hidden + rest))  # gradients, once a step
+    gathered = share * (2 * 2 * hidden + 4 * rest)  # forward and backward in bfloat16; the rest once, in float32
+    assert sent("fsdp") == near(gathered + share * 4 * (hidden + rest))
+    assert sent("fsdp", rounds=3) == near(3 * gathered + share * 4 * (hidden + rest))
+    assert sent("ddp", optimizer="muon") - sent("ddp") == near(share * 2 * hidden)
+    assert sent("fsdp", optimizer="muon") - sent("fsdp") == near(2 * share * 2 * hidden / 8)  # there and back
+    assert sent("ddp", 16, "muon") - sent("ddp", 16) == near(share * 2 * hidden + 1 / 2 * 2 * hidden / 8 / 10)
+    hidden_behind = step_time(cfg, 64, 4 * 8, 8, 1e3, wires, 4, "ddp")
+    assert hidden_behind.sent > 0 == hidden_behind.waited and hidden_behind.efficiency == 1
+    open_ = step_time(cfg, 64, 4 * 8, 8, 1e12, wires, 4, "ddp")
+    assert open_.waited == near(open_.sent - open_.compute * 2 / 3)
+    assert wires_of("NVIDIA H100 80GB HBM3").inside > 10 * wires_of("NVIDIA H100 PCIe").inside

@@ -24,6 +24,7 @@ class Wires:
     latency: float = 20e-6 # Seconds of a collective, however small, for each doubling of the devices
 
 WIRES = { # Inside: measured where a measurement is named; outside: 80 % of the card's 400, 200 or 100 Gbit/s
+    "H100 PCIe": Wires(20e9, 10e9),
     "H100": Wires(340e9, 40e9), # an all-reduce of 1 GiB: 329 GB/s over 2, 355 over 4, 361 over 8
     "H200": Wires(340e9, 40e9), "B200": Wires(650e9, 40e9), "A100": Wires(230e9, 20e9),
     "": Wires(20e9, 10e9)} # PCIe 4, and a network of 100 Gbit/s
@@ -100,8 +101,10 @@ def step_time(
         blocks = rounds * (2 * gather(2 * hidden) + gather(4 * (parameters - hidden)))
         between = 2 * (machines - 1) / machines * 4 * parameters / inside / wires.outside
         gradients = gather(4 * parameters) + between
-    updates = (1 if strategy == "ddp" else 2) * all_gather_seconds(2 * hidden, inside,
-                                                                   wires) if optimizer == "muon" else 0.0
+    updates = 0.0
+    if optimizer == "muon":
+        there_and_back = 2 * all_gather_seconds(2 * hidden / inside, inside, wires) # each has a share to exchange
+        updates = all_gather_seconds(2 * hidden, world, wires) if strategy == "ddp" else there_and_back
     hideable = compute / rounds * 2 / 3
     waited = max(0.0, gradients - hideable) + max(0.0, blocks - compute) + updates
     return StepTime(compute, gradients + blocks + updates, waited)
