@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import end_runs
+from conftest import end_runs, until
 from test_report import bewitched
 
 from llm_trainer.runs.report import report
@@ -236,6 +236,56 @@ def test_a_page_loaded_again_shows_all_of_the_run_and_goes_on(lab, browser):
     say(page, COMMAND, "docmanager:save")
     open_notebook(page, url, "01_first_model.ipynb")
     page.wait_for_function(GROWN, arg=seen)
+    assert not faults(home)
+    assert not errors and not foreign, (errors[:5], foreign[:5])
+    page.close()
+
+
+PAIR = ["""import os, tempfile
+from pathlib import Path
+import llm_trainer as lt
+from llm_trainer import workspace
+os.chdir(workspace.init(Path(tempfile.gettempdir())/"llm-trainer-lessons").root)""",
+        """config = lt.load_config("tiny", device="cpu", threads=1, epochs=100_000, sample_every=0, eval_every=0)
+lt.watch(lt.start(config, name="pair", devices=2))"""]
+
+
+@in_lab
+def test_the_buttons_work_for_a_run_on_two_devices(lab, browser):
+    url, home = lab
+    end_runs(home / RUNS)
+    (home / "notebooks/pair.ipynb").write_text(json.dumps(dict(
+        nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3")),
+        cells=[dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=source)
+               for i, source in enumerate(PAIR)])))
+    page, errors, foreign = look(browser, url, height=1000)
+    open_notebook(page, url, "pair.ipynb")
+    say(page, START, "notebook:run-all-cells")
+    page.wait_for_function(GROWN, arg=2)
+    page.wait_for_selector("text=devices: 2 (cpu), ddp")
+    run = list_runs(home / RUNS)[0]
+    first = run.state().ranks
+    assert run.id == "pair" and len(first) == 2
+
+    page.locator("button.jupyter-button", has_text="save").first.click()
+    page.wait_for_selector("text=The last checkpoint is of step")
+    assert run.state().checkpoint_step
+
+    press_stop(page)
+    page.wait_for_selector("text=Go on with: llm-trainer resume pair")
+    stopped = run.status()
+    assert stopped.status == "stopped" and stopped.checkpoint_step == stopped.step and not run.locked
+
+    page.locator("button.jupyter-button", has_text="resume").first.click()
+    page.wait_for_selector(f"text=pair goes on from step {stopped.step:,}")
+    until(lambda: len(run.state().ranks) == 2 and run.state().step > stopped.step)
+    assert not {rank["pid"] for rank in first} & {rank["pid"] for rank in run.state().ranks}
+    page.wait_for_function(IDLE)
+    page.wait_for_selector("text=devices: 2 (cpu), ddp")
+
+    press_stop(page)
+    until(lambda: not run.locked)
+    assert run.status().status == "stopped" and run.status().step > stopped.step
     assert not faults(home)
     assert not errors and not foreign, (errors[:5], foreign[:5])
     page.close()

@@ -90,10 +90,11 @@ CASES = {"short": dict(batch_size=4, grad_accum_steps=2, max_steps=16, eval_ever
          "accumulation": dict(batch_size=4, grad_accum_steps=4), "muon": dict(arch="qwen3", optimizer="muon")}
 QUICK = {1: ["short auto", "muon auto"], 2: ["short ddp", "muon fsdp"]}
 SLOW = {1: ["gpt2 auto", "qwen3 auto", "accumulation auto"], 4: ["gpt2 ddp", "qwen3 fsdp", "muon ddp"],
-        2: ["gpt2 ddp", "gpt2 fsdp", "accumulation ddp", "accumulation fsdp", "muon ddp"]}
+        2: ["gpt2 ddp", "gpt2 fsdp", "accumulation ddp", "accumulation fsdp", "muon ddp"],
+        8: ["gpt2 ddp", "gpt2 fsdp", "muon ddp", "muon fsdp"]}
 CUT = QUIET | dict(dropout=0.1, batch_size=4, grad_accum_steps=2)
 MANY = [pytest.param(world, *name.split(), marks=marks, id=f"{name} {world}")
-        for table, marks in ((QUICK, []), (SLOW, [pytest.mark.slow])) for world in (2, 4)
+        for table, marks in ((QUICK, []), (SLOW, [pytest.mark.slow])) for world in (2, 4, 8)
         for name in table.get(world, [])]
 
 
@@ -128,7 +129,8 @@ def one(root):
 @pytest.fixture(scope="module")
 def two(root, one):
     return live_together(root, 2, [*lives(QUICK, 2), *cuts("fsdp", 5),
-                                   dict(name="journey", stop=9, changes=dict(strategy="fsdp"))])
+                                   dict(name="journey", stop=9, changes=dict(strategy="fsdp")),
+                                   dict(name="hindered", changes=QUIET | dict(strategy="ddp"), slow={"1": 0.2})])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,9 @@ def more(root, two):
     second = live_together(root, 2, [*lives(SLOW, 2), *cuts("ddp", 5, 0, 3),
                                      dict(name="travel", stop=9, changes=dict(strategy="fsdp"))])
     third = live_together(root, 4, [*lives(SLOW, 4), dict(name="travel", stop=9, changes=dict(strategy="ddp"))])
-    return {1: first, 2: second, 4: third}
+    fourth = live_together(root, 8, [*lives(SLOW, 8), dict(name="descent", stop=8, changes=dict(strategy="fsdp"))])
+    second |= live_together(root, 2, [dict(name="descent", stop=9, changes=dict(strategy="ddp"))])
+    return {1: first, 2: second, 4: third, 8: fourth}
 
 
 def losses(life): return [float.fromhex(step["loss"]) for step in life["steps"]]
@@ -147,7 +151,7 @@ def losses(life): return [float.fromhex(step["loss"]) for step in life["steps"]]
 @pytest.fixture
 def lived(request, one, two):
     "All that was lived, by number of processes; of the slow ones only where a slow test asks"
-    found = {1: dict(one), 2: dict(two), 4: {}}
+    found = {1: dict(one), 2: dict(two), 4: {}, 8: {}}
     if request.node.get_closest_marker("slow"):
         for world, other in request.getfixturevalue("more").items(): found[world] |= other
     return found
@@ -162,6 +166,7 @@ def test_the_same_training(lived, world, case, strategy):
     assert all(other[key] == life[key] for other in life["others"]
                for key in ("steps", "kinds", "val"))  # all know the same
     far = 1e-5 if case != "muon" else 5e-3  # Newton–Schulz in bfloat16 amplifies rounding
+    print(world, case, strategy, "losses differ by", max(abs(a - b) for a, b in zip(losses(alone), losses(life))))
     assert max(abs(a - b) for a, b in zip(losses(alone), losses(life))) < far
     assert max(abs(a - b) for a, b in zip(alone["val"], life["val"])) < far / 10
     assert not told["sample_every"] or len(life["samples"]) == 2 and life["samples"] == alone["samples"]
@@ -175,8 +180,16 @@ def test_resume_is_exact_at_the_same_world_size(lived, strategy):
     assert [step for life in cut for step in life["steps"]] == whole["steps"] and cut[-1]["weights"] == whole["weights"]
 
 
+def test_a_rank_that_holds_up_the_others_is_found_out(two):
+    "Both take as long by the clock on the wall; what each computes itself is known to both"
+    (life,) = two["hindered"]
+    fast, slow = life["seconds"]
+    assert slow > fast + 0.4 and all(other["seconds"] == [fast, slow] for other in life["others"])
+
+
 @pytest.mark.parametrize("name,worlds", [pytest.param("journey", (1, 2), id="1 2 1"),
-                                         pytest.param("travel", (1, 2, 4), marks=pytest.mark.slow, id="1 2 4 1")])
+                                         pytest.param("travel", (1, 2, 4), marks=pytest.mark.slow, id="1 2 4 1"),
+                                         pytest.param("descent", (8, 2), marks=pytest.mark.slow, id="8 2 1")])
 def test_a_checkpoint_goes_from_one_world_to_the_next(root, lived, name, worlds):
     (last,) = alone(root, dict(name=name))[name]
     (whole,) = alone(root, dict(name=f"stay-{name}"))[f"stay-{name}"]
