@@ -85,7 +85,7 @@ class Step(Event):
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
     eta_seconds: float | None = None
-    # of several ranks: how long each computed in this step, without waiting for others
+    # of several ranks: how long a step takes each by itself, without waiting for others
     rank_seconds: tuple[float, ...] = ()
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from ..errors import LLMTrainerError, RunFailed, UsageError
 from ..model.huggingface import load_tensors, model_tensors
 from ..model.transformer import GPT
+from ..terminal import size
 from .checkpoint import SavedInfo
 from .fast import fast_loss
 from .optimizer import Muon, Optimizers, orthogonalize
@@ -137,13 +139,13 @@ class Alone:
         "Called after a pass that was not for training"
 
     def busy_seconds(self)->float|None:
-        "How long this rank computes in a step, without waiting for others: the mean of the last ones"
+        "How long this rank computes in a step, without waiting for others: the median of the last ones"
 
 # %% ../../nbs/07a_distributed.ipynb #9ba2d27e
 class Replicated(Alone):
     "DDP: a copy on each device; the gradients are averaged while the last micro-batch of a step runs backward"
     strategy = "ddp"
-    SPANS = 20 # Steps whose times are kept
+    SPANS = 21 # Steps whose times are kept
 
     def __init__(
         self,
@@ -185,9 +187,7 @@ class Replicated(Alone):
         def busy(began, ended, rounds):
             seconds = ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
             return seconds * 3 * rounds / (3 * rounds - 2)
-        each = [busy(*span) for span in self._spans]
-        self._spans.clear()
-        return sum(each) / len(each)
+        return median(busy(*span) for span in self._spans)
 
 
 class _Loss(nn.Module):
@@ -279,7 +279,7 @@ def choose(
     "How a model is to be spread"
     if world == 1: return "none", "one device"
     if asked != "auto": return asked, "asked for"
-    needs, has = (f"{n / 1e9:.1f} GB" for n in (memory["total"], available))
+    needs, has = size(memory["total"]), size(available)
     if memory["total"] < 0.9 * available: return "ddp", f"a copy takes about {needs} of a device's {has}"
     return "fsdp", f"a copy would take about {needs}, and a device has {has}"
 
