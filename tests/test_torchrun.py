@@ -65,6 +65,11 @@ class Nodes:
         return [node.returncode for node in self.nodes], said
 
 
+def steps(run):
+    "Has it a checkpoint, and is at a step, where a silent rank is missed soonest?"
+    return (run.state().step or 0) >= 6 and run.state().phase == "training"
+
+
 def left(run): return [rank for rank in run.state().ranks if process.process_state(rank["pid"]) not in (None, "zombie")]
 
 
@@ -99,7 +104,7 @@ def test_a_rank_that_is_lost_ends_the_others_or_all_start_again(space, rank, sig
     seconds = "8" if signum == signal.SIGSTOP else "60"
     nodes = Nodes([space.root] * 2, *TINY, "--epochs", "1000", restarts=restarts, LLM_TRAINER_HUNG_SECONDS=seconds)
     run = Run(space.runs / "pair")
-    nodes.reaches(lambda: (run.state().step or 0) >= 6)
+    nodes.reaches(lambda: steps(run))
     os.kill(run.state().ranks[rank]["pid"], signum)
     if restarts:
         nodes.reaches(lambda: len(run.attempts()) == 2 and run.state().attempt == 2 and run.state().phase == "training")
@@ -118,7 +123,7 @@ def test_a_rank_0_that_is_suspended_on_another_machine_is_given_up_and_says_noth
     nodes = Nodes([space.root] * 2, *TINY, "--epochs", "1000", own=(elsewhere(tmp_path), {}),
                   LLM_TRAINER_HUNG_SECONDS="8")
     run = Run(space.runs / "pair")
-    nodes.reaches(lambda: (run.state().step or 0) >= 6)
+    nodes.reaches(lambda: steps(run))
     first = run.state().ranks[0]
     os.kill(first["pid"], signal.SIGSTOP)
     state = until(lambda: (found := run.status()).status == "failed" and found)

@@ -65,7 +65,8 @@ def live(group, space, lives: list[dict]) -> dict[str, list[dict]]:
         told = {kind: [e for e in events if e.kind == kind] for kind in ("step", "evaluated", "sampled", "note")}
         mine = dict(steps=[dict(loss=e.loss.hex(), lr=e.lr, tokens=e.tokens) for e in told["step"]],
                     status=events[-1].status, kinds=[e.kind for e in events if e.kind not in ("note", "sampled")],
-                    val=[e.loss for e in told["evaluated"]], seconds=told["step"][-1].rank_seconds)
+                    val=[e.loss for e in told["evaluated"]],
+                    seconds=[seconds for e in told["step"][-1:] for seconds in e.rank_seconds])
         others = group.gather(mine)
         if not group.first: continue
         known.write_text(json.dumps(next(e.meta for e in events if e.kind == "prepared")))

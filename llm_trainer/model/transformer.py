@@ -70,14 +70,21 @@ class GPT2MLP(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")) # (B, T, C)
 
+# %% ../../nbs/05_transformer.ipynb #2028f426
+class LayerNorm(nn.LayerNorm):
+    "`nn.LayerNorm`, whose gain and offset may be narrower than a residual stream in float32"
+    def forward(self, x:Tensor) -> Tensor:
+        gain, offset = (p.to(x.dtype) if x.dtype == torch.float32 else p for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, gain, offset, self.eps)
+
 # %% ../../nbs/05_transformer.ipynb #286c7461
 class GPT2Block(nn.Module):
     "Attention, then MLP, each added to the residual stream behind a LayerNorm (Radford et al. 2019)"
     def __init__(self, cfg, layer:int): # A `ModelConfig`; which layer, from 0: its place in the cache
         super().__init__()
         self.dropout = cfg.dropout
-        self.ln_1, self.attn = nn.LayerNorm(cfg.n_embd), GPT2Attention(cfg, layer)
-        self.ln_2, self.mlp = nn.LayerNorm(cfg.n_embd), GPT2MLP(cfg)
+        self.ln_1, self.attn = LayerNorm(cfg.n_embd), GPT2Attention(cfg, layer)
+        self.ln_2, self.mlp = LayerNorm(cfg.n_embd), GPT2MLP(cfg)
 
     def forward(self, x:Tensor, cache=None, mask=None) -> Tensor: # (B, T, C)
         x = x + F.dropout(self.attn(self.ln_1(x), cache, mask), self.dropout, self.training)
@@ -103,7 +110,7 @@ class GPT2(nn.Module):
         self.wte, self.wpe = embedding(rows, cfg.n_embd), embedding(cfg.seq_len, cfg.n_embd)
         self.dropout = cfg.dropout
         self.h = nn.ModuleList(GPT2Block(cfg, i) for i in range(cfg.n_layer))
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.ln_f = LayerNorm(cfg.n_embd)
 
     @property
     def embedding(self) -> nn.Embedding: return self.wte
