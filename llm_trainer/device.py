@@ -355,7 +355,7 @@ def rng_state() -> dict[str, torch.Tensor]: # Generator → its state as bytes (
             np.asarray(integers, "<u4").tobytes() + np.asarray(floats, "<f8").tobytes(), np.uint8).copy())
     states = {"python": pack(words, np.nan if gauss is None else gauss), "torch": torch.get_rng_state(),
               "numpy": pack([*keys, position, has_gauss], cached)}
-    if torch.cuda.is_available(): states["cuda"] = torch.cuda.get_rng_state()
+    if torch.cuda.is_initialized(): states["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available(): states["mps"] = torch.mps.get_rng_state()
     return states
 

@@ -102,6 +102,36 @@ def test_devices_are_chosen_and_refused(tmp_path, monkeypatch):
         device="cpu", batch_size=5, grad_accum_steps=1)}, tmp_path)
 
 
+def test_each_gpu_is_chosen_by_its_number_and_one_that_is_not_there_is_refused(monkeypatch):
+    import torch
+    from llm_trainer import device
+    chosen = []
+    monkeypatch.setattr(device, "why_not", lambda kind: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [worker.take_device(name) for name in ("cuda:1", "cuda:0", "cpu", "")] == ["cuda", "cuda", "cpu", ""]
+    assert chosen == [1, 0]  # the first one, too: a device mesh would give it that of its local rank
+    with pytest.raises(UsageError, match="GPU 2 is not there(.|\n)*--devices 2"): worker.take_device("cuda:2")
+    monkeypatch.setattr(device, "why_not", lambda kind: "no NVIDIA driver found")
+    with pytest.raises(UsageError, match="no NVIDIA driver found"): worker.take_device("cuda:0")
+
+
+def test_gpus_are_those_that_cuda_will_show(monkeypatch):
+    monkeypatch.setattr(process, "_asked_of_nvml", lambda: ["GPU-aa", "GPU-ab", "GPU-b"])
+    def seen(visible):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible is not None else \
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        process.gpus.cache_clear()
+        return process.gpus()
+    try:
+        if os.path.exists("/proc/driver/nvidia/gpus"): pytest.skip("this machine has GPUs of its own")
+        assert seen(None) == ["GPU-aa", "GPU-ab", "GPU-b"] and seen("2,0") == ["GPU-b", "GPU-aa"]
+        assert seen("GPU-b") == ["GPU-b"] and seen("GPU-a") == []  # it could be either
+        assert seen("1,7,0") == ["GPU-ab"] and seen("") == [] and seen("-1") == []
+        assert seen("MIG-1,MIG-2") == ["MIG-1", "MIG-2"]  # two parts of one GPU don't wait for each other
+    finally: process.gpus.cache_clear()
+
+
 def test_the_bytes_on_the_wires_are_those_of_a_calculation_by_hand():
     from llm_trainer.config import ModelConfig
     from llm_trainer.model.cost import parameter_table
