@@ -140,3 +140,17 @@ def test_every_face_says_in_the_same_words_which_devices_and_who_waits(tmp_path)
         state.ranks[0]["waits"] = state.ranks[1]["step_seconds"] = wrong
         assert "node-0" not in slowest_of(state) and devices_of(state)
     assert devices_of(State(ranks=many[:1])) == slowest_of(State(status="running", ranks=many[:1])) == ""
+
+
+def test_the_card_of_a_run_that_another_machine_has_says_what_helps():
+    from llm_trainer.cli.render import card
+    far = dict(run_id="pair", host="far-away", boot_id="another", pid=7, heartbeat=1.0)
+    assert "nothing is heard of far-away; if that machine is gone: llm-trainer resume pair" in card(
+        State(status="stalled", **far))
+    held = "a process of it still holds its lock; end it on far-away: llm-trainer stop pair --now"
+    lost = State(status="failed", reason=dict(code="rank_lost", message="Rank 0 on far-away …"), **far)
+    assert held not in card(lost)
+    lost.locked = True
+    assert held in card(lost)
+    assert held not in card(State(status="failed", locked=True, run_id="pair"))  # it is about to end
+    assert "batch-size" in card(State(status="failed", reason=dict(code="oom"), **far))
