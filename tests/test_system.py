@@ -98,6 +98,15 @@ def test_an_identity_fits_one_process_only():
     for pid in (None, 0, 1, -1, True, "1", 2**40): assert not process.same_process({**me, "pid": pid})
 
 
+@pytest.mark.skipif(not process.LINUX, reason="Linux's prctl")
+def test_a_process_can_outlive_the_thread_that_started_it():
+    ask = ("import ctypes; c = ctypes.CDLL(None); told = ctypes.c_int(); c.prctl(1, 2)\n"
+           "from llm_trainer.system import process\n"
+           "def now(): return c.prctl(2, ctypes.byref(told)) or told.value\n"
+           "before = now(); process.outlive_parent(); print(before, now())")
+    assert child(ask).communicate()[0].split() == ["2", "0"]
+
+
 def test_a_signal_reaches_the_process_that_was_recorded_and_no_other():
     other = child("import time; print('up', flush=True); time.sleep(60)")
     other.stdout.readline()

@@ -28,6 +28,7 @@ from llm_trainer.workspace import Workspace
 def main(hand: Hand) -> int:
     "A rank that `ranks.Launch` started; its exit code"
     rank = int(os.environ["RANK"])
+    process.outlive_parent()  # a rank looks after its launcher itself, and says so
     os.setpgid(0, 0)  # what a terminal sends goes to the launcher, which passes it on once
     os.umask(0o077)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

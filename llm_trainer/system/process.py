@@ -67,6 +67,14 @@ def prepare() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted: resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def outlive_parent() -> None:
+    """Has the system send no signal when the thread that started this process ends. torch asks for a SIGINT, which
+    comes while the rest of that process still seems to live, and then looks like a person's Ctrl-C"""
+    if not LINUX: return
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 def too_many_files(error: BaseException) -> str | None:
     "What helps when `error` says that no more files may be open; None for any other"
     if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE) and "Too many open files" not in str(error):
