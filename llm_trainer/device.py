@@ -166,10 +166,12 @@ def unhindered_threads() -> int: # CPU threads
 
 # %% ../nbs/01_device.ipynb #c858d1d0
 def total_memory(
-    device:str # cuda, mps or cpu
+    device:str # cuda, a certain one such as cuda:1, mps or cpu
 )->int: # Bytes
     "Memory the device offers: the GPU's own, or main memory within the cgroup's limit"
-    if device == "cuda": return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(int(number or torch.cuda.current_device())).total_memory
     if device == "mps": return torch.mps.recommended_max_memory()
     limits = [_read(f"/sys/fs/cgroup/{name}") for name in ("memory.max", "memory/memory.limit_in_bytes")]
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(int(n) for n in limits if n.isdecimal())])

@@ -112,8 +112,25 @@ def test_each_gpu_is_chosen_by_its_number_and_one_that_is_not_there_is_refused(m
     assert [worker.take_device(name) for name in ("cuda:1", "cuda:0", "cpu", "")] == ["cuda", "cuda", "cpu", ""]
     assert chosen == [1, 0]  # the first one, too: a device mesh would give it that of its local rank
     with pytest.raises(UsageError, match="GPU 2 is not there(.|\n)*--devices 2"): worker.take_device("cuda:2")
-    monkeypatch.setattr(device, "why_not", lambda kind: "no NVIDIA driver found")
-    with pytest.raises(UsageError, match="no NVIDIA driver found"): worker.take_device("cuda:0")
+    monkeypatch.setattr(device, "why_not", lambda kind: "this PyTorch is built without CUDA")
+    assert worker.take_device("cuda:0") == "cpu" and chosen == [1, 0]  # a driver was seen, and torch is one for CPUs
+
+
+@pytest.mark.parametrize("devices", [None, "2"])
+def test_a_driver_without_a_torch_that_uses_it_means_a_cpu(space, monkeypatch, devices):
+    monkeypatch.setattr(process, "accelerator", lambda: "cuda")
+    config = tiny(max_steps=3, device="auto")
+    from llm_trainer.cli import estimate
+    if not torch_uses_cuda():
+        assert estimate.estimate(config, space, devices)["device"]["device"] == "cpu"
+        run = launch.start(config, space, "guessed", devices=devices, background=False)
+        assert worker.work(run, space) == 0 and run.state().device == "cpu" and run.state().step == 3
+        assert {rank["device"] for rank in run.state().ranks} <= {"cpu"}
+
+
+def torch_uses_cuda():
+    from llm_trainer.device import why_not
+    return why_not("cuda") is None
 
 
 def test_gpus_are_those_that_cuda_will_show(monkeypatch):

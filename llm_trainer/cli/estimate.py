@@ -26,11 +26,15 @@ def estimate(
     "The plan of a run with `config`, ready for JSON; measures the speed of one device with some small steps"
     from llm_trainer.config import differences
     from llm_trainer.model.cost import parameters_count
-    from llm_trainer.device import resolve
+    from llm_trainer.device import resolve, total_memory
     from llm_trainer.runs.launch import take_devices
+    from llm_trainer.runs.worker import take_device
     from llm_trainer.training.distributed import Group
     taken = take_devices(devices, config.to_dict(), space.runs)
+    take_device(taken[0])  # what is measured is a device that would train
     resolution = resolve(config.training, space.device)
+    if resolution.device == "cuda":
+        resolution = replace(resolution, memory_bytes=min(total_memory(name) for name in set(taken)))
     group = Group(0, len(taken), 0, local_world or len(taken))
     vocab = _vocabulary(config, space)
     parameters = parameters_count(config.model, vocab)

@@ -112,11 +112,12 @@ def take_part(
     from llm_trainer.config import Config
     from llm_trainer.training.distributed import join
     from llm_trainer.training.recipe import train
-    group = join(take_device(devices[int(os.environ["LOCAL_RANK"])]))
+    name = devices[int(os.environ["LOCAL_RANK"])]
+    group = join(kind := take_device(name))
     what = group.share({"config": run.config(), "attempt": run.attempts()[-1], "meta": run.meta} if group.first
                        else None)
-    here = {"rank": group.rank, "host": os.uname().nodename, "pid": os.getpid(), "device": devices[group.local_rank],
-            "step_seconds": None}
+    here = {"rank": group.rank, "host": os.uname().nodename, "pid": os.getpid(),
+            "device": name if name.startswith(kind) else kind, "step_seconds": None}
     for event in train(run.id, Config.from_dict(what["config"]), what["attempt"], space, what["meta"], requests, emit,
                        group):
         if event.kind == "prepared": yield Joined(group.gather(here))

@@ -131,13 +131,14 @@ def _wait_for_turn(run: Run, queue: Queue, writer: RunWriter, emit: Emit) -> Non
 
 
 def take_device(name: str) -> str:
-    "Makes a device, such as cuda:1, the one this process computes on; returns its kind. UsageError if it is not there"
+    """Makes a device, such as cuda:1, the one this process computes on; returns its kind. UsageError if it isn't there.
+    That there are GPUs was guessed without torch: where torch can't use them, what the config says decides"""
     kind, _, index = name.partition(":")
     if kind == "cuda":
         import torch
         from llm_trainer.device import why_not
+        if why_not("cuda"): return "cpu"
         there, number = torch.cuda.device_count(), int(index or 0)
-        if why := why_not("cuda"): raise UsageError(f"This run computes on cuda, but {why}.")
         if number >= there:
             raise UsageError(f"GPU {number} is not there. {os.uname().nodename} shows {there}, numbered from 0.\n"
                              f"Take all of them: --devices {there} (under torchrun --nproc-per-node {there})")
