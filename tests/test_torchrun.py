@@ -157,6 +157,30 @@ def test_nodes_that_do_not_fit_together_say_why_and_make_nothing(space, tmp_path
     assert not list(space.runs.glob("[!.]*")) and not list(space.runs.glob(".new*"))
 
 
+def test_a_rank_that_ends_on_another_machine_is_missed_at_once():
+    "NCCL may wait for it for minutes, and rank 0 sees no process of that machine; its neighbours there do"
+    from torch.distributed import HashStore
+    children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+    try:
+        far = {**process.identity(), "boot_id": "another", "host": "far-away"}
+        known = [{**far, "rank": 0}, {**process.identity(), "rank": 1},
+                 *({**process.identity(child.pid), "rank": 2 + i} for i, child in enumerate(children))]
+        store, teams = HashStore(), {}
+        for rank in (0, 1):
+            teams[rank] = team = torchrun.Team(torchrun.Seat(rank, 4, rank, 4, 0, "x"), store)
+            team.known, team._pulse = known, store
+        def seen():
+            teams[1]._report()
+            teams[0]._listen(range(1, 4), 0.5)
+            return teams[0].gone()
+        assert seen() == []
+        store.set("bye/3", "1")
+        for child in children: child.kill(), child.wait()
+        assert seen() == [2] and teams[0]._judge().startswith("Rank 2 on")  # rank 3 said goodbye
+    finally:
+        for child in children: child.kill()
+
+
 def test_the_seat_is_read_from_the_variables_of_torchrun(monkeypatch):
     for name in (*torchrun.VARIABLES, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)

@@ -184,14 +184,15 @@ def _alive(one: dict) -> bool:
 
 class Team:
     "The ranks that torchrun started, as seen from this one"
-    def __init__(self, place: Seat):
+    def __init__(self, place: Seat, store=None):
         self.place, self.rank, self.launcher = place, place.rank, os.getppid()
-        self._store, self.known = _connect(place, COME), []
+        self._store, self.known = store or _connect(place, COME), []
         self.run: Run | None = None
         self._further, self._ending = time.monotonic(), False
         self._beats: dict[int, bytes] = {}
         self._silent: dict[int, float] = {}  # seconds without a new sign of life
         self._words: dict[int, dict] = {}  # the last ones of ranks that failed
+        self._missed: set[int] = set()  # ranks whose end was seen by another one of their machine
         self._signalled = 0
         self._written: tuple[float | None, float] = None, time.monotonic()  # rank 0's last heartbeat on the disk
         self._on_loss: Callable[[str], None] = lambda why: None
@@ -230,9 +231,17 @@ class Team:
                 and all(one[key] == mine[key] for key in ("host", "boot_id", "pid_namespace"))]
 
     def gone(self) -> list[int]:
-        "Ranks whose process on this machine ended, or that left last words"
+        "Ranks whose process was seen to end, on this machine or their own, or that left last words"
         dead = [one["rank"] for one in self._near() if not _alive(one)]
-        return sorted({*dead, *self._words})
+        return sorted({*dead, *self._words, *(self._missed if self.rank == 0 else ())})
+
+    def _report(self) -> None:
+        "Tells rank 0 of the ranks of this machine that ended without a goodbye: on another one it can't see them"
+        for one in self._near():
+            rank = one["rank"]
+            if rank in self._missed or _alive(one) or self._pulse.check([f"bye/{rank}"]): continue
+            self._missed.add(rank)
+            for key in (f"missed/{rank}", "missed"): self._pulse.set(key, "1")
 
     def _run(self) -> None:
         count, tick, grace = 0, time.monotonic(), None
@@ -242,6 +251,7 @@ class Team:
             try:
                 self._pulse.set(f"beat/{self.rank}", str(count := count + 1))
                 self._listen(watched, passed)
+                if self.rank: self._report()
                 why = self._judge()
             except Exception as e:
                 why = f"torchrun's store does not answer any more ({type(e).__name__})"
@@ -261,6 +271,8 @@ class Team:
         if self.rank == 0 and self._pulse.check(["words"]):
             said = [rank for rank in watched if rank not in self._words and self._pulse.check([f"words/{rank}"])]
             for rank in said: self._words[rank] = json.loads(self._pulse.get(f"words/{rank}"))
+        if self.rank == 0 and self._pulse.check(["missed"]):
+            self._missed |= {rank for rank in watched if self._pulse.check([f"missed/{rank}"])}
 
     def _judge(self) -> str | None:
         "Why all ranks have to end; None as long as they don't"
@@ -422,10 +434,10 @@ class Team:
         "Tells the others how it ended, and gives them time to hear it"
         with suppress(Exception):
             self.tell("end", {"code": code})
-            deadline = time.monotonic() + GRACE
-            while time.monotonic() < deadline and len(self.gone()) + sum(
-                    self._store.check([f"bye/{rank}"]) for rank in range(1, self.place.world)) < self.place.world - 1:
-                time.sleep(0.05)
+            deadline, there = time.monotonic() + GRACE, set(range(1, self.place.world))
+            while time.monotonic() < deadline and there:
+                there -= {*self.gone(), *(rank for rank in there if self._store.check([f"bye/{rank}"]))}
+                time.sleep(0.05 * bool(there))
 
     # -- The other ranks --
 
