@@ -23,15 +23,17 @@ from ..errors import DataError, NotFoundError
 from ..terminal import clean
 
 # %% auto #0
-__all__ = ['READ', 'TABLES', 'PACKED', 'MOST_PACKED', 'SMALL_BOMB', 'LONGEST', 'packing', 'kind_of', 'chunks', 'lines',
-           'too_long', 'encoding_of', 'judge', 'Utf8', 'mend', 'not_utf8', 'not_text', 'ending', 'token_file',
-           'head_of', 'find_files', 'nothing_there', 'said', 'scan', 'parts_of']
+__all__ = ['READ', 'TABLES', 'PACKED', 'TEXTS', 'MOST_PACKED', 'SMALL_BOMB', 'LONGEST', 'NULS', 'TAKE_OUT', 'packing', 'kind_of',
+           'packed', 'chunks', 'lines', 'too_long', 'encoding_of', 'judge', 'Utf8', 'rewritten', 'mend', 'not_utf8',
+           'not_text', 'has_nul', 'ending', 'reason', 'token_file', 'head_of', 'find_files', 'nothing_there', 'said',
+           'scan', 'parts_of']
 
 # %% ../../nbs/02a_readers.ipynb #327d0c3a
 READ = 1 << 16  # bytes that are read at a time
 TABLES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
           ".arrow": "arrow", ".feather": "arrow"}
 PACKED = (".gz", ".zst")
+TEXTS = (".txt", ".md", ".rst", ".text", ".log", ".html", ".htm", ".xml", ".tex", ".py", ".c", ".js")  # among others
 
 
 def packing(
@@ -54,10 +56,26 @@ MOST_PACKED = 200  # bytes of text in a packed byte
 SMALL_BOMB = 64 << 20  # bytes that may come out of any packed file
 
 
-def _opened(path:Path):
+_GZIP, _ZSTD = b"\x1f\x8b", (b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18")  # the first bytes; a frame to skip has one before
+
+
+def packed(
+    path:Path # A file
+)->str:
+    "`.gz`, `.zst`, or nothing: how a file is packed by its first bytes, whatever its name says"
+    with open(path, "rb") as f: first = f.read(4)
+    if first.startswith(_GZIP): return ".gz"
+    if first == _ZSTD[0] or first[1:] == _ZSTD[1]: return ".zst"
+    if first and packing(path): raise DataError(
+        f"{path} is not packed, though its name says so, or its beginning is damaged.\n"
+        f"Call it what it is: mv {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('')))}")
+    return ""
+
+
+def _opened(path:Path, pack:str):
     "A file, open for reading, unpacked"
-    if packing(path) == ".gz": return gzip.open(path, "rb")
-    if packing(path) != ".zst": return open(path, "rb")
+    if pack == ".gz": return gzip.open(path, "rb")
+    if pack != ".zst": return open(path, "rb")
     try: import pyarrow
     except ImportError: raise DataError(f"Reading {path} needs pyarrow: pip install pyarrow\n"
                                         f"or unpack it: zstd -d {shlex.quote(str(path))}") from None
@@ -69,9 +87,10 @@ def chunks(
     size:int=READ # Bytes of a chunk, at most
 )->Iterator[bytes]:
     "The bytes of a file, unpacked"
-    done, at_rest = 0, path.stat().st_size if packing(path) else 0
     try:
-        with _opened(path) as f:
+        pack = packed(path)
+        done, at_rest = 0, path.stat().st_size if pack else 0
+        with _opened(path, pack) as f:
             while chunk := f.read(size):
                 done += len(chunk)
                 if at_rest and done > max(SMALL_BOMB, MOST_PACKED * at_rest): raise DataError(
@@ -152,19 +171,28 @@ def encoding_of(
 
 # %% ../../nbs/02a_readers.ipynb #8e92bcd9
 _ODD = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")
+NULS = "NUL bytes"  # what a text is that has some
+
+
+def _is_text_but_for_nul(part:bytes) -> bool:
+    "Is a part of a file text in which a few NUL bytes stand, as a crash or a fixed field width leaves them?"
+    rest, found = part.replace(b"\0", b""), Utf8()
+    found.feed(rest)
+    return len(rest) * 2 > len(part) and found.is_utf8 and len(_ODD.findall(rest)) <= len(rest) / 100
+
 
 
 def judge(
     head:bytes, # The first bytes of a file
     more:bool=True # Whether the file goes on behind them
-)->str: # text, binary, or the name of an encoding
+)->str: # text, binary, NUL bytes, or the name of an encoding
     "What the beginning of a file looks like"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)): return encoding_of(head)
     odd, even = head[1::2].count(0) * 2 / max(1, len(head)), head[::2].count(0) * 2 / max(1, len(head))
     if max(odd, even) > 0.3 and min(odd, even) < 0.05 and len(head) % 2 == 0:
         guess = encoding_of(head)
         if not _ODD.search(head.decode(guess, "replace").encode()): return guess
-    if b"\0" in head: return "binary"
+    if b"\0" in head: return NULS if _is_text_but_for_nul(head) else "binary"
     found = Utf8()
     found.feed(head)
     if not more: found.feed(b"", last=True)
@@ -197,18 +225,26 @@ class Utf8:
 _UNPACK, _PACK = {".gz": "gzip -dc", ".zst": "zstd -dc"}, {".gz": "gzip", ".zst": "zstd"}
 
 
+def rewritten(
+    path:Path, # A file
+    program:str, # What reads it and writes another one
+    name:str, # Of the new file, before the old one's
+    inside:bool=False # Whether it was found in a folder, where the new one replaces it
+)->str: # A shell command
+    "The command that puts a file, packed or not, through a program"
+    old, new = shlex.quote(str(path)), shlex.quote(str(path.with_name(f"{name}-{path.name}")))
+    pack = packed(path) if path.is_file() else packing(path)
+    command = f"{_UNPACK[pack]} {old} | {program} | {_PACK[pack]}" if pack else f"{program} < {old}"
+    return f"{command} > {new} && mv {new} {old}" if inside else f"{command} > {new}"
+
+
 def mend(
     path:Path, # A file that isn't UTF-8
     encoding:str, # What it is
     inside:bool=False # Whether it was found in a folder
 )->str: # A shell command
     "The command that converts a file to UTF-8"
-    new = path.with_name(f"utf8-{path.name}")
-    old, pack = shlex.quote(str(path)), packing(path)
-    convert = f"iconv -f {encoding} -t UTF-8"
-    command = f"{_UNPACK[pack]} {old} | {convert} | {_PACK[pack]}" if pack else f"{convert} {old}"
-    command += f" > {shlex.quote(str(new))}"
-    return f"{command} && mv {shlex.quote(str(new))} {old}" if inside else command
+    return rewritten(path, f"iconv -f {encoding} -t UTF-8", "utf8", inside)
 
 
 def not_utf8(
@@ -238,6 +274,9 @@ def not_text(
     "The refusal of a file that is no text"
     name = shlex.quote(str(path))
     if way := token_file(path, head): return way
+    if packing(path) and kind_of(path) in ("parquet", "arrow"):
+        return DataError(f"{path} is packed, and a table of this kind isn't read packed.\n"
+                         f"Unpack it first: {_UNPACK[packing(path)]} {name} > {shlex.quote(str(path.with_suffix('')))}")
     way = _WAYS.get("tar" if path.name.lower().endswith((".tar.gz", ".tar.zst")) else ending(path))
     if ending(path) in ("model", "spm"): return DataError(
         f"{path} is a tokenizer of sentencepiece, not text.\n"
@@ -247,18 +286,42 @@ def not_text(
         "\nGive text: .txt, .md, source code …, or a table: " + ", ".join(TABLES)))
 
 
+TAKE_OUT = "tr -d '\\000'"
+
+
+def has_nul(
+    path:Path # A file
+)->DataError:
+    "The refusal of a text with NUL bytes"
+    before = 0
+    for chunk in chunks(path):
+        if (at := chunk.find(b"\0")) >= 0: break
+        before += len(chunk)
+    return DataError(f"{path} holds NUL bytes, which no text has, the first after {before + at:,} bytes.\n"
+                     f"Take them out: {rewritten(path, TAKE_OUT, 'clean')}")
+
+
 def ending(
     path:Path # A file
 )->str:
     "How the kind of a file is called when it is left out"
     return path.suffix.lower().removeprefix(".")[:20] or "no ending"
 
+
+def reason(
+    path:Path, # A file
+    found:str # What `judge` says it is: binary, or NUL bytes
+)->str:
+    "How a file that is no text is called when it is left out: its kind, and why where its name promises text"
+    inner = Path(path.stem) if packing(path) else path
+    if found == NULS: return f"{ending(path)} with {NULS}"
+    return f"{ending(path)} that is no text" if inner.suffix.lower() in (*TEXTS, *TABLES) else ending(path)
+
 # %% ../../nbs/02a_readers.ipynb #abb7aaf0
-_BACK = ("import json, numpy, tokenizers\n"
-         "ids = {read}.tolist()\n"
-         "text = tokenizers.Tokenizer.from_file('tokenizer.json').decode(ids, skip_special_tokens=False)\n"
-         "with open({out!r}, 'w') as f: f.writelines(json.dumps(dict(text=t)) + chr(10) for t in "
-         "text.split('<|endoftext|>') if t)")
+_BACK = ("import json, numpy as n, tokenizers; t = tokenizers.Tokenizer.from_file('tokenizer.json'); ids = {read}\n"
+         "ends = [-1, *n.flatnonzero(ids == t.token_to_id('<|endoftext|>')).tolist(), len(ids)]\n"
+         "texts = (t.decode(ids[a + 1:b].tolist(), skip_special_tokens=False) for a, b in zip(ends, ends[1:]))\n"
+         "with open({out!r}, 'w') as f: f.writelines(json.dumps(dict(text=x)) + chr(10) for x in texts if x)")
 _NUMBERS = ("bin", "npy")
 _LLM_C = {20240520: "uint16", 20240801: "uint32"}  # the first number of llm.c's files → how tokens are stored
 
@@ -271,8 +334,8 @@ def token_file(
     if ending(path) not in _NUMBERS: return None
     dtype = _LLM_C.get(int.from_bytes(head[:4], "little"))
     what = "llm.c's token numbers" if dtype else "token numbers, as nanoGPT keeps them (or no text at all)"
-    read = f"numpy.fromfile({str(path)!r}, numpy.{dtype or 'uint16'}, offset={1024 if dtype else 0})"
-    if ending(path) == "npy": read = f"numpy.load({str(path)!r})"
+    read = f"n.memmap({str(path)!r}, n.{dtype or 'uint16'}, 'r', {1024 if dtype else 0})"
+    if ending(path) == "npy": read = f"n.load({str(path)!r}, 'r')"
     out = f"{path.stem}.jsonl"
     return DataError(f"{path} holds {what}, not text.\nWith the tokenizer.json that made them, turn them back into "
                      f"text, and give that (--dataset {clean(shlex.quote(out), '')}):\n"
@@ -325,13 +388,14 @@ def find_files(
             f"Save it first: cat {path} > text.txt")
         found = _found(path)
         if found == "binary": raise not_text(path, head_of(path))
+        if found == NULS: raise has_nul(path)
         if found != "text": raise not_utf8([(path, found)])
         return [path]
     files, other = [], []
     for file in _inside(path, left_out):
         found = _found(file)
         if found == "text": files.append(file)
-        elif found == "binary": left_out[ending(file)] += 1
+        elif found in ("binary", NULS): left_out[reason(file, found)] += 1
         else: other.append((file, found))
     if other: raise not_utf8(sorted(other), inside=True)
     if not files: raise DataError(f"The folder {path} has no file with text{said(left_out)}.\n"
@@ -367,13 +431,13 @@ def said(
 def scan(
     path:Path, # A file with text
     tick:Callable[[int], None] | None=None # Called with the bytes read since the last call
-)->tuple[str, int, str]: # SHA-256 as hex, how many invalid sequences there are, and text, binary or an encoding
+)->tuple[str, int, str]: # SHA-256 as hex, how many invalid sequences there are, and what `judge` says
     "Read a file once: hash it and check that it is UTF-8"
     digest, count, sample = hashlib.sha256(), Utf8(), b""
     for chunk in chunks(path):
         digest.update(chunk)
         if tick: tick(len(chunk))
-        if b"\0" in chunk: return digest.hexdigest(), 0, "binary"
+        if b"\0" in chunk: return digest.hexdigest(), 0, NULS if _is_text_but_for_nul(chunk) else "binary"
         count.feed(chunk)
         if len(sample) < READ and not chunk.isascii(): sample += chunk
     count.feed(b"", last=True)

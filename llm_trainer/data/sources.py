@@ -21,8 +21,9 @@ from .builtin import open_builtin
 from .cache import prepared
 from .corpus import BUILTIN, RULE, Corpus, count_documents
 from .hub import KNOWN, open_hub
-from .readers import (
-    PACKED, TABLES, ending, find_files, kind_of, not_text, not_utf8, nothing_there, head_of, said, scan)
+from llm_trainer.data.readers import (
+    NULS, PACKED, TABLES, TEXTS, ending, find_files, has_nul, head_of, kind_of, not_text, not_utf8, nothing_there,
+    reason, said, scan)
 from .tables import column_for, flat, listed, rows_of
 from ..errors import DataError, NotFoundError
 from ..events import Emit, Note, Progress, print_notes
@@ -34,9 +35,6 @@ from ..workspace import home, located
 __all__ = ['SMALL', 'local_paths', 'open_corpus', 'each_corpus', 'first_look', 'open_files', 'open_mix']
 
 # %% ../../nbs/02f_sources.ipynb #1d560f8e
-_TEXT = (".txt", ".md", ".rst", ".text", ".log", ".html", ".htm", ".xml", ".tex", ".py", ".c", ".js")
-
-
 def local_paths(
     name:str, # What `dataset` says
     data_dir:Path # The workspace's data/ folder
@@ -46,7 +44,7 @@ def local_paths(
     if found := located(name, data_dir.parent, data_dir): return [found]
     if "," in name: return _several(name, data_dir)
     path, owner = home(name), name.partition("/")[0]
-    endings = (*_TEXT, *TABLES, *PACKED, ".pdf", ".zip", ".bin")
+    endings = (*TEXTS, *TABLES, *PACKED, ".pdf", ".zip", ".bin")
     spelled = name.startswith((".", "/", "~")) or name.endswith("/")  # as a path
     local = spelled or path.suffix.lower() in endings or os.path.isdir(owner)
     if local or name.count("/") != 1: raise _mistyped(name, path)
@@ -116,12 +114,15 @@ def _column(file:Path, wanted:str | None, chosen:dict, inside:bool) -> str:
     except DataError as e:
         if inside and kind_of(file) == "json": raise _NoText(str(e)) from None
         raise
+    if not first and kind_of(file) in ("csv", "tsv") and file.stat().st_size: raise _NoText(
+        f"{file} has no rows below its first line, which names the columns.\n"
+        "Give a table with rows; the text of a file without columns is read as it is: call it .txt")
     if not first: return wanted or "text"
     alone = inside and kind_of(file) == "json" and len(first) < 2  # settings of a program, more often than not
     key = frozenset(first[0])
     try:
         if alone and not wanted and "text" not in first[0]: column = None
-        else: column = chosen.get(key) or column_for(file, wanted)
+        else: column = chosen.get(key) or column_for(file, wanted, inside)
     except DataError as e:
         if wanted or alone: raise _NoText(str(e)) from None
         raise
@@ -211,9 +212,9 @@ def _read(looked:list, left_out:Counter, inside:bool, version:int, emit:Emit) ->
             tick(file.stat().st_size)
             continue
         digest, replaced, what = scan(file, tick)
-        if what == "binary" and not (inside and version > 1): raise not_text(file, head_of(file))
-        if what == "binary":
-            left_out[ending(file)] += 1
+        if what in ("binary", NULS):
+            if not (inside and version > 1): raise has_nul(file) if what == NULS else not_text(file, head_of(file))
+            left_out[reason(file, what)] += 1
             continue
         if what != "text" and version > 1:
             other.append((file, what))
