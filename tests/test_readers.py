@@ -108,8 +108,67 @@ def test_csv_as_people_write_it(tmp_path, content, text):
     assert whole(opened(path, tmp_path)) == [text]
 
 
+@pytest.mark.parametrize("content, rows", [
+    ("sep=;\r\nid;text\r\n1;x, y\r\n", [{"id": "1", "text": "x, y"}]),
+    ("\"sep=|\"\nid|text\n1|x; y\n", [{"id": "1", "text": "x; y"}]),
+    ("\n  \n,,\nid,text\n\n1,x\n   \n2,y\n", [{"id": "1", "text": "x"}, {"id": "2", "text": "y"}]),
+    ("text,text,n\na,b,1\n", [{"text (1)": "a", "text (2)": "b", "n": "1"}]),
+    (",text,,\n0,a,b,\n", [{"column 1": "0", "text": "a", "column 3": "b", "column 4": ""}]),
+    ("id, text\n1, \"a, b\"\n2, c\n", [{"id": "1", "text": "a, b"}, {"id": "2", "text": "c"}]),
+    ("text\nOne line, with a comma\n", [{"text": "One line, with a comma"}])])
+def test_headers_as_people_write_them(tmp_path, content, rows):
+    "What Excel says of the divider, blank lines, a name that is there twice or not at all"
+    (tmp_path / "a.csv").write_text(content)
+    assert [row for _, row in rows_of(tmp_path / "a.csv")] == rows
+
+
+def test_a_column_that_is_there_twice_is_never_chosen_in_silence(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text,text\n" + "".join(f"{i},one {i},two {i}\n" for i in range(9)))
+    with pytest.raises(DataError, match=r"it has: id, text \(1\), text \(2\)"): opened(tmp_path / "a.csv", tmp_path)
+    with pytest.raises(DataError, match="no column 'text'"): opened(tmp_path / "a.csv", tmp_path, text_column="text")
+    assert whole(opened(tmp_path / "a.csv", tmp_path, text_column="text (2)"))[3] == "two 3"
+
+
+@pytest.mark.parametrize("content", [
+    "1,Once upon a time there was\n2,a king\n3,and a queen\n", "spam;Buy now\nham;See you\nspam;Win a prize\n",
+    "Once upon a time long ago\nthere was a king, and a queen\nand they had three sons\n",
+    "\n\n7,\"He said \"\"no\"\",\nand went\"\n8,She stayed\n", "sep=;\n7;He, who said no\n8;She stayed\n"])
+@pytest.mark.parametrize("kind", ["csv", "csv.gz"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_table_that_begins_with_data_is_refused_with_the_line_that_mends_it(tmp_path, content, kind, inside):
+    (tmp_path / "t a").mkdir()
+    path = tmp_path / "t a" / f"a.{kind}"
+    path.write_bytes(gzip.compress(content.encode()) if kind == "csv.gz" else content.encode())
+    given = path.parent if inside else path
+    with pytest.raises(DataError, match="looks like a row") as e: opened(given, tmp_path)
+    subprocess.run(str(e.value).split("before it: ")[1].split("\n")[0], shell=True, check=True)
+    mended = given if inside else path.with_name(f"named-a.{kind}")
+    found = whole(opened(mended, tmp_path))
+    assert len(found) == (2 if "7" in content else 3) and all(text.split("\n")[-1] in content for text in found)
+
+
+@pytest.mark.parametrize("header", ["id,story", "First Name", "Tweet content", "id,What is it?",
+                                    "rank,body of the mail"])
+def test_names_of_columns_are_not_taken_for_data(tmp_path, header):
+    before = "1," * (header.count(","))
+    rows = "".join(f"{before}Some longer text {i} of a mail\n" for i in range(9))
+    (tmp_path / "a.csv").write_text(f"{header}\n{rows}")
+    assert len(whole(opened(tmp_path / "a.csv", tmp_path))) == 9
+
+
+def test_data_in_the_place_of_names_can_be_named(tmp_path):
+    "What looks like data may be a header after all: one that asks a question"
+    header = "How did you come to know about the place where we met?"
+    (tmp_path / "a.csv").write_text(f"{header}\n" + "By chance and by train, as ever\n" * 9)
+    with pytest.raises(DataError, match="--text-column"): opened(tmp_path / "a.csv", tmp_path)
+    assert len(whole(opened(tmp_path / "a.csv", tmp_path, text_column=header))) == 9
+
+
 @pytest.mark.parametrize("content, says", [
-    (b'a,text\n1,"x"\n2,y,z\n', "3 cells"), (b'a,text\n1,"never ends\n2,y\n', "is not CSV")])
+    (b'a,text\n1,"x"\n2,y,z\n', "a.csv:3 has 3 cells"), (b'a,text\n1,"never ends\n2,y\n', "is not CSV"),
+    (b"id,text\n1,one\ntwo\n3,four\n", "a.csv:3 has 1 cell, and the header has 2: id, text"),
+    (b"\n\nid,text,n\n1,one,2\n3,two\n", "a.csv:5 has 2 cells"), (b"id,text\n", "no rows below its first line"),
+    (b"text (1),text,text\na,b,c\n", "calls several columns alike")])
 def test_csv_that_means_nothing_is_refused(tmp_path, content, says):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(DataError, match=says): opened(tmp_path / "a.csv", tmp_path)
@@ -365,6 +424,56 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, name):
         with pytest.raises(DataError, match="damaged|cut off|not JSON"): opened(tmp_path / name, tmp_path)
 
 
+def test_a_packed_file_is_known_by_its_first_bytes(tmp_path):
+    data = "\n\n".join(TALES).encode()
+    (tmp_path / "a.txt").write_bytes(gzip.compress(data[:100]) + gzip.compress(data[100:]))  # cat a.gz b.gz
+    zst(tmp_path / "b.txt", data)
+    zst(tmp_path / "c.txt.gz", data)
+    (tmp_path / "d.txt.zst").write_bytes(gzip.compress(data))
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"pzst"
+    (tmp_path / "e.txt.zst").write_bytes(skipped + (tmp_path / "b.txt").read_bytes())
+    for name in ("a.txt", "b.txt", "c.txt.gz", "d.txt.zst", "e.txt.zst"):
+        assert whole(opened(tmp_path / name, tmp_path)) == [data.decode()], name
+    (tmp_path / "f.jsonl.gz").write_text('{"text": "plain"}\n')  # unpacked by a browser on its way
+    with pytest.raises(DataError, match="is not packed, though its name says so") as e:
+        opened(tmp_path / "f.jsonl.gz", tmp_path)
+    subprocess.run(str(e.value).split("what it is: ")[1], shell=True, check=True)
+    assert whole(opened(tmp_path / "f.jsonl", tmp_path)) == ["plain"]
+
+
+@pytest.mark.parametrize("pack", ["gz", "zst"])
+def test_a_packed_text_that_is_cut_off_anywhere_is_refused(tmp_path, pack):
+    "Never the beginning of it in silence: text has no end of its own that could be missed"
+    path, data = tmp_path / f"a.txt.{pack}", random.Random(0).randbytes(200_000).hex().encode()
+    if pack == "gz": path.write_bytes(gzip.compress(data))
+    else: zst(path, data)
+    whole_file = path.read_bytes()
+    for size in (5, 50, len(whole_file) // 3, len(whole_file) - 9, len(whole_file) - 1):
+        path.write_bytes(whole_file[:size])
+        with pytest.raises(DataError, match="damaged or cut off"): opened(path, tmp_path)
+        with pytest.raises(DataError, match="damaged or cut off"): opened(path.parent, tmp_path / "out")
+
+
+def test_nul_bytes_are_a_kind_of_their_own(tmp_path):
+    (tmp_path / "f").mkdir()
+    early, late = b"some text\0\0 and more of it " * 9, b"plain words " * 20_000 + "é\0 à".encode()
+    for name, data in {"good.txt": b"good", "early.txt": early, "late.md": late, "table.csv": b"id,text\n1,a\0b\n",
+                       "packed.txt.gz": gzip.compress(late), "picture.txt": b"\x89PNG\r\n\x1a\n\0\0\xff\xfe",
+                       "real.png": b"\x89PNG\r\n\x1a\n\0\0\xff\xfe"}.items():
+        (tmp_path / "f" / name).write_bytes(data)
+    corpus = opened(tmp_path / "f", tmp_path)
+    assert whole(corpus) == ["good"]
+    assert corpus.left_out == {"txt with NUL bytes": 1, "md with NUL bytes": 1, "csv with NUL bytes": 1,
+                               "gz with NUL bytes": 1, "txt that is no text": 1, "png": 1}
+    for name, before in {"early.txt": "after 9 bytes", "late.md": "after 240,002 bytes",
+                         "packed.txt.gz": "after 240,002 bytes"}.items():
+        with pytest.raises(DataError, match=f"{name} holds NUL bytes, .*{before}") as e:
+            opened(tmp_path / "f" / name, tmp_path)
+        subprocess.run(str(e.value).split("Take them out: ")[1], shell=True, check=True)
+        assert "".join(whole(opened(tmp_path / "f" / f"clean-{name}", tmp_path))) == (
+            early if name == "early.txt" else late).decode().replace("\0", "")
+
+
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("llm_trainer.data.readers.LONGEST", 1 << 20)
     (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * (3 << 20))
@@ -391,6 +500,35 @@ def test_prepare_says_what_became_of_the_text(space, tmp_path, capsys, monkeypat
     out = capsys.readouterr().out
     assert "bytes per token" in out and "left out   1 png" in out and "2 documents, from" in out
     assert out.count("\x1b[44;97m") > 5
+
+
+def shown(path, capsys, n=99):
+    from llm_trainer.cli import commands
+    assert commands.main(["prepare", "--config", "tiny", "--dataset", str(path), "--json", "--show", str(n)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("documents", [
+    ["Grüße aus 東京. " * 900], ["one " * 3000, "", "two " * 3000, "three"], ["a" * 3_000_000 + "z", "b " * 900],
+    [f"tale {i} with ünïcödé" for i in range(40)] + ["", None] + ["the last one"],
+    ["", "東京 " * 500, "", "京都 " * 500, ""]])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_what_is_shown_are_the_documents(space, tmp_path, capsys, documents, kind):
+    "Each once and whole, on either side; no empty one, no second half of a long one"
+    if kind == "txt":
+        (path := tmp_path / "texts").mkdir()
+        for i, text in enumerate(documents): (path / f"{i:03}.txt").write_text(text or "")
+        if len(documents) == 1: path = path / "000.txt"  # a single file, not a folder
+    else: write_table(path := tmp_path / "a.jsonl", [{"text": text} for text in documents])
+    found, there = shown(path, capsys), [text for text in documents if text]
+    assert [d["bytes"] for d in found["documents"]] == [len(text.encode()) for text in there]
+    assert sum(d["train_bytes"] for d in found["documents"]) < sum(d["bytes"] for d in found["documents"])
+    for text, document in zip(there, found["documents"]):
+        seen = "".join(document["text"])
+        assert text.startswith(seen) and len(seen) >= min(len(text), 600) and "" not in document["text"]
+        assert document["whole"] is (len(text) < 1_000_000) and document["tokens"] > 0
+    assert found["lengths"]["documents"] == len(there)
+    assert len(shown(path, capsys, 1)["documents"]) == 1
 
 
 def test_evaluate_reads_the_whole_of_a_text_in_its_column(space, tmp_path):

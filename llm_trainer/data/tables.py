@@ -11,11 +11,13 @@ import codecs
 import csv
 import json
 import re
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from .readers import LONGEST, chunks, kind_of, lines, too_long
+from .readers import LONGEST, chunks, kind_of, lines, rewritten, too_long
 from ..errors import DataError
 from ..terminal import clean
 
@@ -112,6 +114,9 @@ def _more(source:Iterator[str], least:int) -> str:
     return "".join(parts)
 
 # %% ../../nbs/02b_tables.ipynb #94938bb5
+_SEP = re.compile(r'"?sep=([^\w\s"\x00-\x1f\x7f]|\t)"?\s*')  # Excel says so in a line of its own what divides the cells
+
+
 def _divider(header:str, kind:str) -> str:
     "What divides the cells: the commonest of the usual signs outside quotes"
     if kind == "tsv": return "\t"
@@ -128,30 +133,61 @@ def _quoting(path:Path) -> int:
     return csv.QUOTE_MINIMAL
 
 
+def _cells(
+    path:Path # A .csv or .tsv file
+)->tuple[str, int, Iterator[tuple[int, list[str]]]]:
+    "What divides its cells, the number of its first line, and its rows (the header first), each with its last line"
+    text, first, divider = (line.decode("utf-8", "replace") for line in lines(path)), 1, None
+    for line in text:
+        if said := _SEP.fullmatch(line): divider = said[1]
+        elif line.strip(" \t\r\n,;|"): break
+        first += 1
+    else: return ",", first, iter(())
+    divider, quoting = divider or _divider(line, kind_of(path)), csv.QUOTE_MINIMAL
+    if kind_of(path) == "tsv": quoting = _quoting(path)
+    csv.field_size_limit(LONGEST)
+    reader = csv.reader(chain([line], text), delimiter=divider, quoting=quoting, strict=True,
+                        skipinitialspace=f"{divider} " in line)
+
+    def rows():
+        try:
+            for cells in reader:
+                if len(cells) > 1 or cells and cells[0].strip(): yield first - 1 + reader.line_num, cells
+        except csv.Error as e:
+            raise DataError(f"{path}:{first - 1 + reader.line_num} is not CSV: {clean(str(e), '')}.\n"
+                            'A text with quotes or line breaks stands in quotes, and a quote in it is doubled (""); '
+                            "mend the line, or save the table as .jsonl.") from None
+    return divider, first, rows()
+
+# %% ../../nbs/02b_tables.ipynb #b71e02ae
+def _names(header:list[str]) -> list[str]:
+    "The name of each column: one that is there twice gets a number, one without a name is called by its place"
+    names = [cell.strip() or f"column {number}" for number, cell in enumerate(header, 1)]
+    twice, seen = {name for name, n in Counter(names).items() if n > 1}, Counter()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        if name in twice: names[i] = f"{name} ({seen[name]})"
+    return names
+
+
 def csv_rows(
     path:Path # A file
 )->Rows:
     "The rows of a .csv or .tsv file, by its header"
-    kind, text = kind_of(path), (line.decode("utf-8", "replace") for line in lines(path))
-    first = next(text, "")
-    divider, quoting = _divider(first, kind), _quoting(path) if kind == "tsv" else csv.QUOTE_MINIMAL
-    csv.field_size_limit(LONGEST)
-    reader = csv.reader(chain([first], text), delimiter=divider, quoting=quoting, strict=True)
-    header = None
-    try:
-        for cells in reader:
-            if not cells: continue
-            if header is None:
-                header = cells
-                continue
-            if len(cells) > len(header): raise DataError(
-                f"{path}:{reader.line_num} has {len(cells)} cells, and the header has {len(header)}.\n"
-                f"A text with {divider!r} in it stands in quotes: mend the line, or save the table as .jsonl.")
-            yield f"{path}:{reader.line_num}", dict(zip(header, cells))
-    except csv.Error as e:
-        raise DataError(f"{path}:{reader.line_num} is not CSV: {clean(str(e), '')}.\n"
-                        'A text with quotes or line breaks stands in quotes, and a quote in it is doubled (""); '
-                        "mend the line, or save the table as .jsonl.") from None
+    rows = _cells(path)[2]
+    names = _names(next(rows, (0, []))[1])
+    if len(set(names)) < len(names): raise DataError(f"{path} calls several columns alike: {listed(names)}.\n"
+                                                     "Give each a name of its own in the first line.")
+    for line, cells in rows:
+        if len(cells) > len(names): raise DataError(
+            f"{path}:{line} has {len(cells)} cells, and the header has {len(names)}.\n"
+            "A text with commas (or whatever divides the cells) in it stands in quotes: mend the line, or save the "
+            "table as .jsonl.")
+        if len(cells) < len(names): raise DataError(
+            f"{path}:{line} has {len(cells)} cell{'s' * (len(cells) != 1)}, and the header has {len(names)}: "
+            f"{listed(names)}.\nA text with a line break in it stands in quotes, and an empty cell is written as "
+            "nothing between two dividers: mend the line, or save the table as .jsonl.")
+        yield f"{path}:{line}", dict(zip(names, cells))
 
 # %% ../../nbs/02b_tables.ipynb #646fc7b8
 BATCH = 256  # rows that are read at a time
@@ -397,13 +433,17 @@ def texts_of(
 # %% ../../nbs/02b_tables.ipynb #c829b8e3
 def column_for(
     path:Path, # A table
-    wanted:str | None=None # What the user asked for
+    wanted:str | None=None, # What the user asked for
+    inside:bool=False # Whether it was found in a folder
 )->str | None: # None where the table has no text
     "The column of a table to read"
-    rows = (row for _, row in rows_of(path))
-    found = look(map(_numbers_apart, rows) if kind_of(path) in ("csv", "tsv") else rows)
-    if kind_of(path) in ("parquet", "arrow"):
+    rows, kind = (row for _, row in rows_of(path)), kind_of(path)
+    found = look(map(_numbers_apart, rows) if kind in ("csv", "tsv") else rows)
+    if kind in ("parquet", "arrow"):
         found = {n: v for n, v in arrow_others(path).items() if not _outer(n, found)} | found
+    best = max(found, key=found.get, default=None)
+    if kind in ("csv", "tsv") and best and found[best] > 0 and not set(needed(wanted or "text")) <= set(found):
+        _check_header(path, best, inside)
     return choose_column(found, str(path), wanted)
 
 
@@ -416,3 +456,26 @@ _NUMBER = re.compile(r"[\d\s.,:;+\-/%$€£eETZ]{1,40}")
 
 
 def _outer(name:str, columns:Iterable[str]) -> bool: return any(c.startswith(f"{name}.") for c in columns)
+
+# %% ../../nbs/02b_tables.ipynb #b71e02ab
+def _check_header(path:Path, column:str, inside:bool) -> None:
+    "Refuse a CSV file whose first row isn't names; `column`: the one that holds the most text"
+    divider, first, rows = _cells(path)
+    _, header = next(rows)
+    names, below = _names(header), [cells for _, cells in islice(rows, 100)]
+    if not _is_data(header, header[names.index(column)], names.index(column), below): return
+    ours = ["text" if name == column else f"column_{i}" for i, name in enumerate(names, 1)]
+    program = f"(echo {shlex.quote(divider.join(ours))}; {'cat' if first == 1 else f'tail -n +{first}'})"
+    raise DataError(
+        f"{path}:{first} looks like a row, and the first line of a table names its columns: {listed(header)}.\n"
+        f"Put such a line before it: {rewritten(path, program, 'named', inside)}\n"
+        f"Or, if these are names, say which one is the text: --text-column {clean(shlex.quote(column), '')}")
+
+
+def _is_data(header:list[str], name:str, place:int, below:list[list[str]]) -> bool:
+    "Is this first row one like the others: with numbers, with a value that they have too, or with a whole sentence?"
+    if any(re.search(r"\d", cell) and _NUMBER.fullmatch(cell) for cell in header): return True
+    pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
+    if any(cell and cell == other for cell, other in pairs): return True
+    usual = sorted(len(cells[place]) for cells in below)[len(below) // 2] if below else 0
+    return len(name.split()) > 4 and len(name) * 2 > usual or len(name) > 40 and len(name) * 4 > usual
