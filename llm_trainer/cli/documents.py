@@ -1,6 +1,7 @@
 """A look at what a run would read: some documents and their tokens, how long all of them are, what was left out."""
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from llm_trainer.training.recipe import TrainingData
 
 SHOWN = 600  # characters of a document that are shown
-READ = 1 << 20  # bytes of a document that are read to count its tokens
+READ = 1 << 20  # bytes of a document that are made tokens of, about
 GROUNDS = (44, 45, 46, 42)  # colours behind the tokens, in turn
 
 
@@ -22,39 +23,36 @@ def look(
     data: TrainingData,  # what `recipe.prepare` returned
     count: int,  # how many documents, from all corpora in turn
 ) -> list[dict]:
-    "The first documents of the training text, each with its bytes, tokens and the text of the first of them"
+    """The first documents of the text: the bytes of each, how many of them train, the tokens of it (where `whole` is
+    false: of its beginning) and the text of the first of them"""
     streams = [_documents(corpus, data.tokenizer) for corpus in data.corpora]
     return list(islice((found for turn in zip_longest(*streams) for found in turn if found), count))
 
 
 def _documents(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[dict]:
-    "Each document of a corpus, the beginning of a very long one"
-    pieces, over = [], False
-    for _, piece, last in corpus.pieces("train"):
-        if not over: pieces.append(piece)
-        over = over or sum(map(len, pieces)) > READ
-        if last or over and pieces:
-            text = "".join(pieces)
-            ids = tokenizer.encode(text)
-            yield {"corpus": corpus.name, "bytes": len(text.encode()), "whole": last, "tokens": len(ids),
-                   "bytes_per_token": len(text.encode()) / max(1, len(ids)),
-                   "text": list(_spelt(tokenizer, ids, SHOWN))}
-            pieces = []
-        if last: over = False
+    "Each document of a corpus, whichever side it is on; an empty one is none"
+    for pieces in corpus.each():
+        held, sizes = [], {"train": 0, "val": 0}
+        for split, piece, _ in pieces:
+            if sum(sizes.values()) < READ: held.append(piece)
+            sizes[split] += len(piece.encode())
+        if not held: continue
+        text, size_of = "".join(held), sum(sizes.values())
+        read, ids = len(text.encode()), tokenizer.encode(text)
+        yield {"corpus": corpus.name, "bytes": size_of, "train_bytes": sizes["train"], "whole": read == size_of,
+               "tokens": len(ids), "bytes_per_token": read / max(1, len(ids)),
+               "text": list(_spelt(tokenizer, ids, SHOWN))}
 
 
 def _spelt(tokenizer: Tokenizer, ids: Iterable[int], most: int) -> Iterator[str]:
-    "The text of some tokens; those that are parts of one character are put together"
-    held, length = b"", 0
+    "The text of some tokens; a character that several make up stands with the last of them"
+    decoder, length = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for i in ids:
-        held += tokenizer.token_bytes(i)
-        try: text = held.decode()
-        except UnicodeDecodeError:
-            if len(held) < 4: continue
-            text = held.decode("utf-8", "replace")
+        if not (text := decoder.decode(tokenizer.token_bytes(i))): continue
         yield text
-        held, length = b"", length + len(text)
+        length += len(text)
         if length >= most: return
+    if text := decoder.decode(b"", True): yield text
 
 
 def lengths(corpora: Iterable[Corpus]) -> dict:
@@ -74,10 +72,7 @@ def report(data: TrainingData, count: int) -> str:
     "The same for people: tokens on alternating backgrounds, or between bars where there is no colour"
     lines = []
     for number, found in enumerate(look(data, count), 1):
-        more = "" if found["whole"] else " (its beginning)"
-        size_of = (f"{found['bytes']:,} bytes, {found['tokens']:,} tokens, "
-                   f"{found['bytes_per_token']:.2f} bytes per token")
-        lines += [render.paint(f"document {number} of {clean(found['corpus'], '')}{more}: {size_of}", 1),
+        lines += [render.paint(f"document {number} of {clean(found['corpus'], '')}: {_facts(found)}", 1),
                   _coloured(found["text"]), ""]
     meta, about = data.meta["data"], lengths(data.corpora)
     tokens = max(1, meta["train_tokens"] + meta["val_tokens"])
@@ -85,12 +80,20 @@ def report(data: TrainingData, count: int) -> str:
     counted = sorted(data.left_out.items(), key=lambda item: -item[1])
     left_out = ", ".join(f"{n:,} {clean(kind, '')}" for kind, n in counted)
     if about["documents"]: lines.append(
-        f"  lengths    {about['documents']:,} documents, from {size(about['shortest'])} to {size(about['longest'])}, "
-        f"half of them below {size(about['median'])} (powers of two)")
+        f"  lengths    {about['documents']:,} document{'s' * (about['documents'] != 1)}, "
+        f"from {size(about['shortest'])} to {size(about['longest'])}, half of them below {size(about['median'])} "
+        "(powers of two)")
     lines += [f"  tokens     {meta['train_tokens']:,} to train, {meta['val_tokens']:,} to validate "
               f"({meta['val_share']:.1%} of the bytes), {held:.2f} bytes per token",
               f"  left out   {left_out or 'nothing'}"]
     return "\n".join(lines)
+
+
+def _facts(found: dict) -> str:
+    "The sizes of a document, and which part of it is held out"
+    train, whole, part = found["train_bytes"], found["bytes"], "" if found["whole"] else " in its beginning"
+    held = "" if train == whole else " (its end is held out to validate)" if train else " (held out to validate)"
+    return f"{whole:,} bytes{held}, {found['tokens']:,} tokens{part}, {found['bytes_per_token']:.2f} bytes per token"
 
 
 def _coloured(tokens: list[str]) -> str:

@@ -221,12 +221,15 @@ class Corpus:
         "The same text with nothing held out"
         return replace(self, val_fraction=0.0)
 
+    def each(self, split:str | None=None) -> Iterator[Iterator[tuple[str, str, bool]]]:
+        "The pieces of each document, none for an empty one; `split`: which files, where the corpus has its own splits"
+        if not self.val_files: return _divided(self._read("train"), self.count, self.val_fraction, self.version)
+        return (_ends(name, pieces) for name in ("train", "val") if split in (None, name)
+                for _, pieces in self._read(name))
+
     def pieces(self, split:str | None=None) -> Iterator[tuple[str, str, bool]]:
         "The text in pieces: (train or val, text, whether its document ends there); `split`: only these"
-        if self.val_files: found = (_ends(name, pieces) for name in ("train", "val") if split in (None, name)
-                                    for _, pieces in self._read(name))
-        else: found = _divided(self._read("train"), self.count, self.val_fraction, self.version)
-        for piece in chain.from_iterable(found):
+        for piece in chain.from_iterable(self.each(split)):
             if split in (None, piece[0]): yield piece
 
     def _read(self, split:str) -> Iterator[tuple[float, Iterable[str]]]:
