@@ -136,7 +136,8 @@ def test_a_foreign_tokenizer_keeps_its_numbers(tmp_path):
     backend.add_tokens(["<tool>"])
     backend.enable_truncation(8)
     backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": "{{ x }}"}))
+    said = {"eos_token": "<|im_start|>", "chat_template": "{{ x }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.encode("A long enough sentence, <tool> and <|im_start|> in it.")
     assert len(ids) > 8 and tokenizer.decode(ids) == "A long enough sentence, <tool> and <|im_start|> in it."

@@ -21,15 +21,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .cache import prepared
 from .corpus import Corpus
-from .pretrained import model_folder
+from .pretrained import TEMPLATES, model_folder
 from .tables import valid
 from ..errors import NotFoundError, UsageError
 from ..events import Emit, Note, Progress, print_notes
 from ..workspace import home, located
 
 # %% auto #0
-__all__ = ['EOT', 'KINDS', 'BYTES', 'LARGEST', 'AROUND', 'IDS', 'WAYS', 'KEPT', 'ENOUGH', 'byte_backend', 'char_backend',
-           'broken', 'bpe_backend', 'Codec', 'Tokenizer', 'train_tokenizer', 'prepare_tokenizer']
+__all__ = ['EOT', 'KINDS', 'BYTES', 'AROUND', 'IDS', 'WAYS', 'KEPT', 'ENOUGH', 'byte_backend', 'char_backend', 'broken',
+           'bpe_backend', 'Codec', 'Tokenizer', 'train_tokenizer', 'prepare_tokenizer']
 
 # %% ../../nbs/03_tokenizer.ipynb #66cb1812
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set here, or the library warns in each forked loader worker
@@ -100,7 +100,7 @@ def bpe_backend(
     return backend
 
 # %% ../../nbs/03_tokenizer.ipynb #82c102c7
-LARGEST = 64 << 20  # bytes; the largest in use has about 35 MB
+_LARGEST = 64 << 20  # bytes; the largest in use has about 35 MB
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONVERT = ("import os\nfrom transformers.convert_slow_tokenizer import TikTokenConverter\n"
@@ -129,7 +129,8 @@ def _read_text(file:Path) -> str:
     if error := next(filter(None, map(_foreign, near if not file.is_file() else near[:1])), None): raise error
     if not file.is_file(): raise NotFoundError(
         f"There is no tokenizer at {file}.\nGive a folder with a tokenizer.json, or one of {', '.join(KINDS)}.")
-    if file.stat().st_size > LARGEST: raise UsageError(f"{file} is too large for a tokenizer: over {LARGEST >> 20} MB.")
+    if file.stat().st_size > _LARGEST:
+        raise UsageError(f"{file} is too large for a tokenizer: over {_LARGEST >> 20} MB.")
     try: return file.read_bytes().decode()
     except UnicodeDecodeError: raise UsageError(f"{file} is not a tokenizer: it is not UTF-8 text.") from None
 
@@ -279,20 +280,38 @@ class Codec:
 # %% ../../nbs/03_tokenizer.ipynb #e0d9eb7c
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WAYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation_config.json
-KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "extra_special_tokens",
-        "model_max_length", "chat_template", "add_bos_token", "add_eos_token", "add_prefix_space",
-        "added_tokens_decoder", "clean_up_tokenization_spaces", "padding_side", "truncation_side",
-        "split_special_tokens")  # of a tokenizer_config.json
+KEPT = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens", "chat_control_tokens",
+        "model_max_length", "chat_template", "response_template", "add_prefix_space", "added_tokens_decoder",
+        "clean_up_tokenization_spaces", "padding_side", "truncation_side", "split_special_tokens",
+        "model_input_names")  # of a tokenizer_config.json; and whatever is a special token: bos_token, image_token
 
 
 def _stated(folder:Path) -> dict | None:
-    "What a folder says of its tokens: special ones, the chat template in either of its places; None: nothing"
-    older, template = folder / "special_tokens_map.json", folder / "chat_template.jinja"
-    found = {**_read_json(older, required=False), **_read_json(folder / "tokenizer_config.json", required=False)}
-    if not found and not template.is_file(): return None
-    found = {k: v for k, v in found.items() if k in KEPT}
-    if template.is_file(): found["chat_template"] = _read_text(template)
-    return found
+    "What a folder says of its tokens: special ones, the chat templates in any of their places; None: nothing"
+    found = _read_json(folder / "tokenizer_config.json", required=False)
+    older = _read_json(folder / "special_tokens_map.json", required=False)
+    if "added_tokens_decoder" not in found: _agree(folder, found, older)
+    templates = _template_files(folder)
+    if not found and not older and not templates: return None
+    found = {k: v for k, v in {**older, **found}.items() if k in KEPT or k.endswith("_token")}
+    return {**found, "chat_template": templates} if templates else found
+
+
+def _template_files(folder:Path) -> str | list[dict] | None:
+    "The chat templates that are files: the only one, or several by name, as tokenizer_config.json holds them"
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {f.stem: f for f in sorted((folder / TEMPLATES).glob("*.jinja"))[:100]}
+    found = [{"name": name, "template": _read_text(file)} for name, file in files.items() if file.is_file()]
+    return found[0]["template"] if [t["name"] for t in found] == ["default"] else found or None
+
+
+def _agree(folder:Path, config:dict, older:dict) -> None:
+    "Refuse a folder whose two files name different special tokens; newer programs read one, older ones the other"
+    for name in sorted(k for k in older if k.endswith("_token") and k in config):
+        one, other = _content(config[name]), _content(older[name])
+        if one != other: raise UsageError(
+            f"{folder / 'tokenizer_config.json'} says {name} = {one!r:.60}, and special_tokens_map.json beside it "
+            f"{other!r:.60}.\nLet them agree, or remove special_tokens_map.json.")
 
 
 def _ids(value, size:int) -> int | list[int] | None:
@@ -332,11 +351,42 @@ def _complete(config:dict | None, eot:str) -> dict:
     return {**whole, **{name: whole.get(name) or eot for name in ("eos_token", "pad_token")}}
 
 
-def _template(found) -> str | None:
-    "The chat template: the only one, or of several the one called default"
-    if isinstance(found, list):
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
-    return found if isinstance(found, str) else None
+def _templates(found) -> dict[str, str]:
+    "The chat templates by name; one that has none is the default"
+    if isinstance(found, list): found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+    if not isinstance(found, dict): found = {"default": found}
+    return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+
+
+def _named(config:dict) -> Iterator[tuple[str, str]]:
+    "The special tokens that a tokenizer_config.json names, each with the setting that does"
+    for name, value in config.items():
+        if name.endswith("_token") and isinstance(token := _content(value), str): yield name, token
+    for name in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
+        several = config.get(name) or ()
+        for token in several.values() if isinstance(several, dict) else several if isinstance(several, list) else ():
+            if isinstance(token := _content(token), str): yield name, token
+
+
+def _contradiction(codec:Codec, config:dict) -> str | None:
+    "Where a tokenizer_config.json contradicts the tokenizer.json beside it, and what mends it"
+    decoder = config.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        there = codec.backend.token_to_id(_content(token)) if isinstance(_content(token), str) else None
+        if str(there) != str(number): return (
+            f"added_tokens_decoder gives {_content(token)!r:.60} the number {number!s:.20}, and there it has "
+            f"{'none' if there is None else there}.\nLet both have the same number, or remove added_tokens_decoder.")
+    for name, token in _named(config):
+        if codec.backend.token_to_id(token) is None: return (
+            f"{name} names {token!r:.60}, which is no token there.\nName one that is, or add it to both the "
+            "tokenizer.json and the model.")
+    for end, where, around in ("bos_token", "before", codec.before), ("eos_token", "behind", codec.after):
+        token, said = _content(config.get(end)), config.get(f"add_{end}")
+        adds = isinstance(token, str) and codec.backend.token_to_id(token) in around
+        if isinstance(said, bool) and isinstance(token, str) and said != adds: return (
+            f"add_{end} is {str(said).lower()}, and the post_processor there {'puts' if adds else 'does not put'} "
+            f"{token!r:.60} {where} a text.\nSet add_{end} to {str(adds).lower()}, or mend the post_processor.")
+    return None
 
 # %% ../../nbs/03_tokenizer.ipynb #4aaf7a46
 def _read_folder(path:Path) -> tuple[str, str, dict | None, dict, dict]:
@@ -394,7 +444,12 @@ class Tokenizer(Codec):
     @property
     def chat_template(self) -> str | None:
         "The Jinja template that makes one text of the messages of a conversation, where there is one"
-        return _template(self.config.get("chat_template"))
+        return self.chat_templates.get("default")
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        "That template, and others for special uses (tool_use, rag), by name"
+        return _templates(self.config.get("chat_template"))
 
     @property
     def border(self) -> tuple[list[int], list[int]]:
@@ -415,7 +470,10 @@ class Tokenizer(Codec):
         path:Path # A folder with a tokenizer.json, or the file itself
     )->Tokenizer:
         "Load one of ours, or any byte-level BPE tokenizer of Hugging Face"
-        return cls(*_read_folder(Path(path)))
+        found = cls(*_read_folder(path := Path(path)))
+        if wrong := _contradiction(found, found.config): raise UsageError(
+            f"tokenizer_config.json contradicts tokenizer.json in {path if path.is_dir() else path.parent}: {wrong}")
+        return found
 
 # %% ../../nbs/03_tokenizer.ipynb #180aaba8
 def train_tokenizer(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_trainer.config import Config, differences
-from llm_trainer.data.pretrained import PICKLES, pickled
+from llm_trainer.data.pretrained import PICKLES, TEMPLATES, pickled
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.runs.run import Run
 from llm_trainer.system.files import read_json
@@ -85,7 +85,10 @@ def copy_folder(
         if any(f.suffix in PICKLES for f in folder.iterdir()): raise UsageError(pickled(str(folder), folder.name))
         raise NotFoundError(f"{clean(str(folder), '')} holds no model.safetensors.")
     target.mkdir()
-    for file in files: shutil.copyfile(file, target / file.name)
+    files += sorted((folder / TEMPLATES).glob("*.jinja"))
+    for file in files:
+        (target / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.relative_to(folder))
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
