@@ -2,7 +2,8 @@
 
 `with Hub() as hub: hub.add("someone/tales", {"train": [...]})`, then point HF_ENDPOINT at `hub.url`; `hub.add_model`
 offers a model folder, and what is pushed with `hub.token` lands in `hub.models`. `hub.fault` makes it misbehave: "500"
-answers every request with an error, "slow" lets files wait, "cut" ends each file in the middle.
+(any such number) answers every request with that error, "gated" asks for a login, "slow" lets files wait, "cut" ends
+each large file in the middle, "short" gives half of it as if it were all.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+LARGE = (".parquet", ".safetensors")  # what takes the time
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 
@@ -58,7 +60,8 @@ class Hub(ThreadingHTTPServer):
 
     def add_model(self, repo: str, folder):
         "Offer a model: the files of a folder"
-        self.models[repo] = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+        files = (p for p in folder.rglob("*") if p.is_file())
+        self.models[repo] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -82,7 +85,10 @@ class _Answer(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, _, _ = self.path.partition("?")
         self.server.requests.append(f"{self.command} {path}")
-        if self.server.fault == "500": return self.send(500, b'{"error": "Internal"}', head=not body)
+        if (self.server.fault or "").isdigit():
+            return self.send(int(self.server.fault), b'{"error": "Not now"}', head=not body)
+        if self.server.fault == "gated" and "/resolve/" in path:
+            return self.send(403, b'{"error": "Ask for access"}', headers={"X-Error-Code": "GatedRepo"}, head=not body)
         if self.command == "PUT" or path in ("/api/repos/create", "/api/validate-yaml") or "/preupload/" in path or (
                 path.endswith("/info/lfs/objects/batch") or "/commit/" in path): return self.push(path, sent)
         for repo, files in self.server.models.items():
@@ -161,8 +167,9 @@ class _Answer(BaseHTTPRequestHandler):
             first, last = int(first or 0), int(last or len(content) - 1)
             about["Content-Range"], code = f"bytes {first}-{last}/{len(content)}", 206
             content = content[first:last + 1]
-        if body and self.server.fault == "slow" and path.endswith(".parquet"): time.sleep(8)
-        if body and self.server.fault == "cut" and path.endswith(".parquet"):
+        if body and self.server.fault == "slow" and path.endswith(LARGE): time.sleep(8)
+        if self.server.fault == "short" and path.endswith(LARGE): content = content[:len(content) // 2]
+        if body and self.server.fault == "cut" and path.endswith(LARGE):
             self.send(code, content, "application/octet-stream", about, head=True)
             self.wfile.write(content[:len(content) // 2])
             self.close_connection = True

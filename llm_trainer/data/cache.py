@@ -105,7 +105,8 @@ def prepared(
         work.mkdir(mode=0o700, parents=True)
         try:
             record = {"format_version": 1, **build(work)}
-            record["files"] = {f.name: {"size": f.stat().st_size, "sha256": _seal(f)} for f in sorted(work.iterdir())}
+            record["files"] = {f.relative_to(work).as_posix(): {"size": f.stat().st_size, "sha256": _seal(f)}
+                               for f in sorted(work.rglob("*")) if f.is_file()}
             record["digest"] = _digest(record)
             (work / name).write_text(json.dumps(record, indent=1), encoding="utf-8")
             _seal(work / name)

@@ -21,12 +21,14 @@ from ..system.files import read_json
 from ..terminal import size
 
 # %% auto #0
-__all__ = ['NAME', 'DESCRIPTION', 'PICKLES', 'is_hub_name', 'pinned', 'hub_folder', 'pickled', 'fetch_model', 'model_folder']
+__all__ = ['NAME', 'DESCRIPTION', 'TEMPLATES', 'PICKLES', 'is_hub_name', 'pinned', 'hub_folder', 'pickled', 'fetch_model',
+           'model_folder']
 
 # %% ../../nbs/02e_pretrained.ipynb #4ca1ab60
 NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,100}))?")
 DESCRIPTION = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"  # a folder of chat templates with a name each
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -93,6 +95,9 @@ def fetch_model(
             def fetch(hub, repo, revision, file=file):
                 return hub.hf_hub_download(repo, file, revision=revision, local_dir=work)
             _ask(name, fetch)
+            if length and (came := (work / file).stat().st_size) != length: raise HubError(
+                f"{file} of {repo} came with {came:,} bytes, and the hub lists {length:,}: it broke off, or is not what "
+                "was published.\nTry again later; nothing of it was kept.")
             done += length
             emit(Progress(f"fetching {repo}", done, total))
         shutil.rmtree(work / ".cache", ignore_errors=True)
@@ -107,7 +112,8 @@ def _wanted(repo:str, there:dict[str, int], weights:bool) -> Iterator[tuple[str,
     if weights and not any(f.endswith(".safetensors") for f in tensors):
         if any(f.endswith(PICKLES) for f in there): raise UsageError(pickled(repo, repo.partition("/")[2]))
         raise NotFoundError(f"{repo} has no model.safetensors, so there is nothing to begin with.")
-    for file in [*DESCRIPTION, *(tensors if weights else ())]:
+    named = sorted(f for f in there if re.fullmatch(TEMPLATES + r"/[\w-]{1,100}\.jinja", f))[:100]
+    for file in [*DESCRIPTION, *named, *(tensors if weights else ())]:
         if file in there: yield file, there[file]
 
 
@@ -157,7 +163,7 @@ def _explained(error:Exception, repo:str, revision:str) -> Exception:
     while (deeper := chain[-1].__cause__ or chain[-1].__context__) and deeper not in chain: chain.append(deeper)
     kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
     code = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
-    if "GatedRepoError" in kinds:
+    if "GatedRepoError" in kinds or code in (401, 403) and "RepositoryNotFoundError" not in kinds:
         return HubError(f"{repo} requires an agreement or a login; see its page on the hub, then: hf auth login")
     if "RevisionNotFoundError" in kinds:
         return NotFoundError(f"{repo} has no revision {revision} on the hub.\nLeave @{revision} out for the newest.")
