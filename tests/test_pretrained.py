@@ -74,7 +74,8 @@ REFUSED = dict(
           dict(is_causal=False), dict(sliding_window=4), dict(attention_chunk_size=4),
           dict(transformers_weights="other.safetensors"), dict(layer_types=["sliding_attention", "full_attention"]),
           dict(attribute_map={"n_head": "foo"}), dict(model_type="llama"), dict(model_type=["gpt2"])],
-    qwen3=[dict(attention_bias=True), dict(is_causal=False), dict(attention_chunk_size=4), dict(use_sliding_window=True, sliding_window=4, max_window_layers=0),
+    qwen3=[dict(attention_bias=True), dict(is_causal=False), dict(attention_chunk_size=4),
+           dict(use_sliding_window=True, sliding_window=4, max_window_layers=0),
            dict(hidden_act="gelu"),
            dict(partial_rotary_factor=.5), dict(layer_types=["sliding_attention", "full_attention"]),
            dict(rope_scaling=dict(type="linear", factor=2.)),
@@ -521,6 +522,23 @@ def test_every_file_that_says_something_of_the_tokens_is_fetched(tmp_path):
         (folder / "additional_chat_templates" / "rag.jinja").write_text("other")  # is noticed, and fetched again
         assert fetch_model(name, tmp_path / "data", emit=lambda event: None)[1] == folder
         assert (folder / "additional_chat_templates" / "rag.jinja").read_text().startswith("rag: ")
+
+
+@pytest.mark.parametrize("words", [
+    ["serve", "{}", "--port", "0"], ["generate", "{}", "--prompt", "a"], ["evaluate", "{}"],
+    ["export", "{}", "--out", "x"], ["train", *TINY, "--init-from", "{}"]])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "m.gguf", "alone.safetensors", "Model"])
+def test_a_file_in_the_place_of_a_model_folder_is_one_message(tmp_path, words, name):
+    space = workspace.init(tmp_path / "space")
+    folder = chat_folder(space.root / "model", "qwen")
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    for there in (space.root / "alone.safetensors", space.root / "Model"): there.write_bytes(b"x")
+    file = name if name in ("alone.safetensors", "Model") else f"model/{name}"
+    before = sorted(space.root.rglob("*"))
+    ran = program(space, *[word.format(file) for word in words])
+    assert ran.returncode == 2 and f"{file} is a file, and a model is a folder" in ran.stderr, ran
+    way = "made for llama.cpp" if name == "m.gguf" else "Name its folder: ./model" if "/" in file else "that holds both"
+    assert way in ran.stderr and len(ran.stderr.splitlines()) == 2 and sorted(space.root.rglob("*")) == before
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused_before_there_is_a_run(space, tmp_path):

@@ -2,6 +2,8 @@
 Every face calls it before `launch.start`: a worker stands in another folder. Loads torch only for `init_from`."""
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 from llm_trainer import workspace
 from llm_trainer.errors import CheckpointError, NotFoundError, UsageError
 from llm_trainer.events import Emit, Note, print_notes
+from llm_trainer.runs.run import RUN_ID
 from llm_trainer.terminal import clean
 from llm_trainer.workspace import Workspace
 
@@ -84,8 +87,21 @@ def _begun(config: Config, space: Workspace, given: set[str], emit: Emit, whole:
 
 
 def is_folder(text: str | None) -> bool:
-    "Is this a model's folder, not the name of a run?"
-    return text is not None and ("/" in text or text in (".", "..") or (Path(text) / "config.json").is_file())
+    "Is this a model's folder (or a file in its place), not the name of a run?"
+    if text is None: return False
+    return "/" in text or text in (".", "..") or os.path.isfile(os.path.join(text, "config.json")) or (
+        not RUN_ID.fullmatch(text) and os.path.isfile(text))
+
+
+def _is_a_file(path: Path, text: str) -> UsageError:
+    "The refusal of a file where a model's folder is expected"
+    ways = {".gguf": "A GGUF file is made for llama.cpp and not read here; name the run or folder that it was made of.",
+            ".onnx": "An ONNX file isn't read here; name the run or folder that it was made of."}
+    folder = clean(shlex.quote(str(path.parent)), "")
+    there = f"Name its folder: {folder if '/' in folder else f'./{folder}'}"
+    if not (path.parent / "config.json").is_file(): there = "Name a folder that holds both."
+    return UsageError(f"{clean(text, '')} is a file, and a model is a folder with config.json and model.safetensors.\n"
+                      f"{ways.get(path.suffix.lower(), there)}")
 
 
 def weights(
@@ -100,6 +116,7 @@ def weights(
         folder = workspace.home(text)
         if checkpoint is not None: raise UsageError("--checkpoint chooses among the checkpoints of a run; "
                                                     f"{clean(text, '')!r} is a folder.")
+        if folder.is_file(): raise _is_a_file(folder, text)
         if not folder.is_dir(): raise NotFoundError(f"The folder {clean(text, '')} does not exist.")
         return _whole(folder, need)
     from llm_trainer.training.checkpoint import Checkpoints
