@@ -79,6 +79,10 @@ def _pattern() -> Path:
     with pyarrow.ipc.new_file(str(corpus / "a.feather"), table.schema) as f: f.write_table(table, 16)
     with pyarrow.output_stream(str(corpus / "a.txt.zst"), compression="zstd") as f:
         f.write("\n\n".join(documents).encode())
+    (corpus / "packed.md").write_bytes((corpus / "a.txt.zst").read_bytes())  # known by its first bytes
+    (corpus / "excel.csv").write_text("sep=;\n\n;text;text\n" + "".join(f"{i};{d};\n" for i, d in enumerate(documents)))
+    (named := root / "model" / "additional_chat_templates").mkdir()
+    (named / "rag.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     for place in "runs", f"data/model-a-b-{'0' * 12}": (root / place).mkdir(parents=True)
     load_model(root / "model")  # what this imports, children needn't
     for kind in "gpt2", "qwen3": plain_config({"model_type": kind})
@@ -191,6 +195,7 @@ TARGETS = {
     "tokenizer config": ("model/tokenizer_config.json", lambda root, path: _keep_tokens(path.parent)),
     "special tokens": ("model/special_tokens_map.json", lambda root, path: _keep_tokens(path.parent)),
     "chat template": ("model/chat_template.jinja", lambda root, path: _keep_tokens(path.parent)),
+    "named template": ("model/additional_chat_templates/rag.jinja", lambda root, path: _keep_tokens(path.parents[1])),
     "generation config": ("model/generation_config.json", lambda root, path: _keep_tokens(path.parent)),
     "model card": ("model/manifest.json", lambda root, path: model_card("x", path.parent,
                                                                         *origin(path.parent, root / "runs"))),
@@ -201,6 +206,7 @@ TARGETS = {
     "parquet": ("corpus/a.parquet", lambda root, path: _read_corpus(path, root)),
     **{kind: (f"corpus/a.{kind}", lambda root, path: _read_corpus(path, root))
        for kind in ("json", "csv", "tsv", "jsonl.gz", "arrow", "feather", "txt.zst")},
+    **{name: (f"corpus/{name}", lambda root, path: _read_corpus(path, root)) for name in ("packed.md", "excel.csv")},
     "script": ("corpus/corpus.py", lambda root, path: _read_corpus(path.parent, root)),
     "profile": ("profile.toml", lambda root, path: load_config(str(path), configs=root)),
 }
@@ -209,7 +215,7 @@ TARGETS = {
 def _keep_tokens(folder: Path) -> None:
     "What a run that begins with a model does with what it says of its tokens"
     tokenizer = Tokenizer.load(folder)
-    tokenizer.encode_marked(f"aaaa {tokenizer.ends} {tokenizer.chat_template}"[:1000])
+    tokenizer.encode_marked(f"aaaa {tokenizer.ends} {tokenizer.chat_templates}"[:1000])
     tokenizer.save(folder / "again", 16)
     write_config(load_model(folder), folder / "again", ids=tokenizer.ids, generation=tokenizer.generation)
     gguf_tokens(tokenizer, 400), special_ids(tokenizer)
