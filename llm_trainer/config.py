@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
 import tomllib
 from collections.abc import Iterator
@@ -407,6 +408,17 @@ def _unknown(key) -> str:
     return f"{key}: no such setting{_nearest(key.rpartition(' ')[2].lstrip('-'), list(all_settings()))}"
 
 
+def _not_a_line(value, fine:str="") -> str | None:
+    "What keeps a text from being a line in a run's record; None where nothing does. `fine`: signs it may have"
+    if not isinstance(value, str) or not value: return None
+    odd = next((c for c in value if (c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff") and c not in fine), "")
+    what = ("a byte that is not UTF-8" if odd > "\x7f" else "a line break" if odd in ("\n", "\r") else
+            "a control character" if odd else "")
+    if not what: return f"is longer than 1,000 characters: {_shown(value)}" if len(value) > 1000 else None
+    spelt = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda m: repr(m[0])[1:-1].replace("\\udc", "\\x"), value)
+    return f"holds {what}: {_shown(spelt)}"
+
+
 def _explain(error, where) -> str:
     "One pydantic error as a sentence"
     if not error["loc"]: return f"{where()}: {error['ctx']['error']}"
@@ -415,7 +427,11 @@ def _explain(error, where) -> str:
     knob, value = all_settings()[name], error["input"]
     if len(inner) > 1: # one of the corpora of `dataset`
         path = ".".join([where(name), *(_shown(p) if isinstance(p, str) else str(p) for p in inner[1:])])
+        if wrong := _not_a_line(value, "\n\t" if inner[-1] == "text_column" else ""): return f"{path} {wrong}"
         return f"{path}: {error['msg'].replace(' or instance of Source', ', as {name, weight}')}"
+    if knob.type == "text" and (wrong := _not_a_line(value, "\n\t" if name == "text_column" else "")):
+        way = "Rename it, or name the folder that it lies in" if name in ("dataset", "tokenizer", "init_from") else ""
+        return f"{where(name)} {wrong}{way and f'.{chr(10)}{way}'}"
     if name == "dataset": return f"{where(name)} must be a text or a list of {{name, weight}}, not {_shown(value)}"
     guess = _nearest(value, [c for c in knob.choices if isinstance(c, str)]) if isinstance(value, str) else ""
     return f"{where(name)} must be {knob.expects}, not {_shown(value)}{guess}"

@@ -265,6 +265,25 @@ def test_a_mistyped_name_is_refused_without_a_network(tmp_path, monkeypatch):
     assert local_paths("someone/tales", tmp_path) is None and local_paths("wikitext-2", tmp_path) is None
 
 
+@pytest.mark.parametrize("name, says", [
+    ("two\nlines.txt", "--dataset holds a line break: two\\nlines.txt"),
+    (os.fsdecode(b"caf\xe9.txt"), "--dataset holds a byte that is not UTF-8: caf\\xe9.txt"),
+    ("red\x1b[31m.txt", "--dataset holds a control character: red\\x1b[31m.txt"),
+    (",".join(f"{i}.txt" for i in range(300)), "--dataset is longer than 1,000 characters: 0.txt,1.txt")])
+def test_a_path_that_no_record_can_hold_is_one_message(space, capsys, name, says):
+    "What is in a folder is read, whatever it is called"
+    from llm_trainer.cli import commands
+    (space.root / "f").mkdir()
+    if len(name) < 200:
+        for place in ("f", "."): (space.root / place / name).write_text("Some words, once and again. " * 200)
+    for command in ("prepare", "train"):
+        assert commands.main([command, "--config", "tiny", "--dataset", name]) == 2
+        said = capsys.readouterr().err
+        assert says in said and "name the folder that it lies in" in said and len(said.splitlines()) == 3
+    if len(name) < 200: assert len(whole(opened(space.root / "f", space.root))) == 1
+    assert not list(space.runs.iterdir())
+
+
 # -- encodings
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "cp1251", "utf-16", "utf-16-le", "shift_jis", "gb18030"])
