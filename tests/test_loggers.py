@@ -176,7 +176,8 @@ def test_two_loggers_of_one_run_and_place_are_one_too_many(run, monkeypatch):
 
 
 def test_mlflow_gets_each_point_once(run, tmp_path, monkeypatch):
-    pytest.importorskip("mlflow", reason="needs: pip install mlflow-skinny")
+    pytest.importorskip("mlflow", reason="needs: pip install mlflow-skinny sqlalchemy alembic")
+    pytest.importorskip("sqlalchemy", reason="needs: pip install mlflow-skinny sqlalchemy alembic")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     from mlflow.tracking import MlflowClient
     loggers.log_to(run, ["mlflow"])
@@ -190,3 +191,62 @@ def test_mlflow_gets_each_point_once(run, tmp_path, monkeypatch):
     losses = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(m.step, round(m.value, 4)) for m in losses] == points(range(1, 24))
     assert found.data.params["lr"] == "0.01" and found.info.status == "FINISHED"
+
+
+def test_a_place_that_does_not_answer_is_named(run, capsys, monkeypatch):
+    "It is somebody else's fault, and not an internal error of ours"
+    pytest.importorskip("mlflow", reason="needs: pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert main(["log-to", "demo", "mlflow"]) == 1
+    said = capsys.readouterr().err
+    assert "mlflow does not take what demo writes: " in said and "llm-trainer log-to demo mlflow" in said
+    assert "internal" not in said and len(said.splitlines()) == 2
+
+
+TOLD = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage
+rows = SQLiteStorage.get_logs("llm_trainer", "demo")
+print(json.dumps([[r["step"], r["train/loss"]] for r in rows if "train/loss" in r]))
+print(json.dumps([r["step"] for r in rows if "val/loss" in r]))
+print(json.dumps(SQLiteStorage.get_run_config("llm_trainer", "demo")))
+print(json.dumps(sorted({name for r in rows for name in r})))
+"""
+
+
+def test_trackio_gets_each_point_once_whenever_it_is_killed(run, tmp_path):
+    "The real package, with its files in a folder of the test; it keeps points in memory before it writes them"
+    pytest.importorskip("trackio", reason="needs: pip install trackio")
+    (run.folder / "metrics.jsonl").unlink()
+    end(run, "running")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(tmp_path / "trackio"),
+                   "HF_HOME": str(tmp_path / "hf")}
+    def told():
+        out = subprocess.run([sys.executable, "-c", TOLD], env=environment, capture_output=True, text=True).stdout
+        return [json.loads(line) for line in out.splitlines() if line[0] in "[{n"]
+    def start():
+        return subprocess.Popen([sys.executable, "-m", "llm_trainer", "log-to", "demo", "trackio"], env=environment)
+    with Lock(run.folder / "lock") as lock:
+        assert lock.acquire()
+        process = start()
+        try:
+            write(run, range(1, 8))
+            until(lambda: (run.folder / "trackio" / "told.json").exists())
+            process.send_signal(signal.SIGKILL)  # most likely before anything has arrived
+            process.wait()
+            process = start()
+            until(lambda: len(told()[0]) == 7)
+            write(run, range(8, 15))
+            until(lambda: len(told()[0]) == 14)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process = start()
+            write(run, range(15, 21))
+            end(run, "stopped")
+            assert process.wait(60) == 0
+        finally: process.kill()
+    losses, held_out, settings, names = told()
+    assert [(step, round(loss, 4)) for step, loss in losses] == points(range(1, 21)) and held_out == [10, 20]
+    assert settings["lr"] == 0.01 and settings["optimizer"] == "muon"
+    assert not [name for name in names if "/" in name and name.partition("/")[0] not in ("train", "val")]

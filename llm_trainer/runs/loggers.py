@@ -3,18 +3,19 @@ run's folder as any viewer does, so it can neither slow nor stop training. Sends
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.errors import BusyError, UsageError
+from llm_trainer.errors import BusyError, LLMTrainerError, UsageError
 from llm_trainer.runs.launch import environment
 from llm_trainer.runs.run import Run
 from llm_trainer.runs.state import TERMINAL
@@ -191,10 +192,25 @@ class Wandb(Remembering):
 
 
 class Trackio(Wandb):
-    "Trackio, which has wandb's interface and keeps everything on this machine"
+    "Trackio, which has wandb's interface and keeps everything on this machine, unless its own variables say otherwise"
     package = "trackio"
 
-    def begin(self, config): self.api.init(project=self.project, name=self.run.id, config=config, resume="allow")
+    def begin(self, config):
+        unasked = ("embed", "auto_log_gpu", "auto_log_cpu")  # pages in notebooks, figures about this machine
+        known = inspect.signature(self.api.init).parameters
+        self.api.init(project=self.project, name=self.run.id, config=config, resume="allow",
+                      **{name: False for name in unasked if name in known})
+        if not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):
+            with suppress(ImportError, AttributeError, TypeError): self.last = self._there()
+
+    def _there(self) -> dict[str, int]:
+        "What has arrived: it takes points into memory first, so a process that was killed knew too much"
+        from trackio.sqlite_storage import SQLiteStorage
+        last: dict[str, int] = {}
+        for row in SQLiteStorage.get_logs(self.project, self.run.id):
+            for kind in {name.partition("/")[0] for name in row if "/" in name}:
+                last[kind] = max(last.get(kind, -1), int(row["step"]))
+        return last
 
     def close(self, status): self.api.finish()
 
@@ -247,6 +263,18 @@ def named(
     return names
 
 
+def _asked(name: str, run: Run, act: Callable[[Any], Any], what: Any) -> Any:
+    "What a sink does with `what`; a fault of somebody else's program is said as that"
+    if name == "tensorboard": return act(what)  # its files are written by ourselves
+    try: return act(what)
+    except LLMTrainerError: raise
+    except Exception as e:
+        why = clean(" ".join(str(e).split()), "")[:300] or type(e).__name__
+        package = "\nPerhaps only a part of it is installed: pip install mlflow" if "unsupported URI" in why else ""
+        raise LLMTrainerError(f"{name} does not take what {run.id} writes: {why}{package}\n"
+                              f"Once that is mended it goes on where it was: llm-trainer log-to {run.id} {name}") from e
+
+
 def log_to(
     run: Run,  # Whose folder is read
     names: list[str],  # From `named`
@@ -259,7 +287,7 @@ def log_to(
             (run.folder / name).mkdir(mode=0o700, exist_ok=True)
             lock = held.enter_context(Lock(run.folder / name / "lock"))
             if not lock.acquire(wait=2): raise BusyError(f"{run.id} is being logged to {name} by another process.")
-        sinks = [SINKS[name](run, run.folder / name, project) for name in names]
+        sinks = [_asked(name, run, lambda name: SINKS[name](run, run.folder / name, project), name) for name in names]
         metrics, samples, read = run.follow(), Follower(run.folder / "samples.jsonl"), {"metrics": 0, "samples": 0}
         status = "unknown"
         try:
@@ -268,7 +296,7 @@ def log_to(
                 for rows in iter(metrics.poll, []):
                     read["metrics"] += len(rows)
                     for row in filter(placed, rows):
-                        for sink in sinks: sink.take(row)
+                        for name, sink in zip(names, sinks): _asked(name, run, sink.take, row)
                 for rows in iter(samples.poll, []):
                     read["samples"] += len(rows)
                     for row in filter(placed, rows):
@@ -277,7 +305,7 @@ def log_to(
                 if once or status in (*TERMINAL, "crashed") or not run.folder.is_dir(): return read
                 time.sleep(EVERY)
         finally:
-            for sink in sinks: sink.close(status)
+            for name, sink in zip(names, sinks): _asked(name, run, sink.close, status)
 
 
 def start(
