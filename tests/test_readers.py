@@ -176,6 +176,8 @@ def test_csv_that_means_nothing_is_refused(tmp_path, content, says):
 
 def test_json_of_every_shape(tmp_path):
     path = tmp_path / "a.json"
+    (tmp_path / "a.jsonl").write_text('"one"\n{"text": "two"}\n')
+    assert [row["text"] for _, row in rows_of(tmp_path / "a.jsonl")] == ["one", "two"]
     for content in ('[{"text": "one"}, {"text": "two"}]', '{"text": "one"}\n{"text": "two"}', '["one", "two"]',
                     '{"text":"one"} {"text":"two"}'):
         path.write_text(content)
@@ -185,6 +187,39 @@ def test_json_of_every_shape(tmp_path):
                           ('[{"text": "a"} oops]', "not JSON"), ('[{"text": "a"}', "cut off"), ("", "holds no text")):
         path.write_text(content)
         with pytest.raises(DataError, match=says): opened(path, tmp_path)
+
+
+TURNS = [dict(role="user", content="Who «goes» there?"), dict(role="assistant", content='"I", it said\nand left')]
+
+
+@pytest.mark.parametrize("name, content, texts_in_it", [
+    ("a.json", json.dumps({"version": 1, "tags": ["x"], "it's \"data\"": [{"text": "one"}, {"text": "two"}]}),
+     ["one", "two"]),
+    ("a.json", json.dumps({"id": [1, 2], "text": ["one", "two"]}), ["one", "two"]),
+    ("a.json.gz", json.dumps({"data": [{"text": "one"}]}), ["one"]),
+    ("a.jsonl", json.dumps({"tags": ["t"], "messages": TURNS}), ["\n\n".join(turn["content"] for turn in TURNS)]),
+    ("a.jsonl", json.dumps({"text": ["one", "two"]}), ["one\n\ntwo"]),
+    ("a.csv", "id,text\r1,one\r2,two\r", ["one", "two"]),
+    ("a.csv", 'id,text\n1,"\\"one\\", it said"\n', ['"one", it said'])])
+def test_what_other_programs_write_is_refused_with_the_line_that_mends_it(tmp_path, name, content, texts_in_it):
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    with pytest.raises(DataError, match="Take the texts out of the list: |Convert it: ") as e:
+        opened(tmp_path / name, tmp_path)
+    command = str(e.value).splitlines()[1].split(": ", 1)[1].replace("python -c", f"{sys.executable} -c", 1)
+    subprocess.run(command, shell=True, check=True)
+    new, = [path for path in tmp_path.iterdir() if path.name.endswith(f"-{name}")]
+    assert whole(opened(new, tmp_path)) == texts_in_it
+
+
+def test_arrow_columns_are_named_with_what_they_hold(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([b"x"]), "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column of text; it has: n \(int64\), text \(binary\)"):
+        opened(tmp_path / "a.parquet", tmp_path)
+    twice = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pa.ipc.new_file(str(tmp_path / "b.arrow"), twice.schema) as f: f.write_table(twice)
+    for name in ("b.parquet", "b.arrow"):
+        with pytest.raises(DataError, match="several columns called 'text'"): opened(tmp_path / name, tmp_path)
 
 
 def test_a_large_list_is_read_piece_by_piece(tmp_path):
@@ -483,7 +518,7 @@ def test_nul_bytes_are_a_kind_of_their_own(tmp_path):
     corpus = opened(tmp_path / "f", tmp_path)
     assert whole(corpus) == ["good"]
     assert corpus.left_out == {"txt with NUL bytes": 1, "md with NUL bytes": 1, "csv with NUL bytes": 1,
-                               "gz with NUL bytes": 1, "txt that is no text": 1, "png": 1}
+                               "txt.gz with NUL bytes": 1, "txt that is no text": 1, "png": 1}
     for name, before in {"early.txt": "after 9 bytes", "late.md": "after 240,002 bytes",
                          "packed.txt.gz": "after 240,002 bytes"}.items():
         with pytest.raises(DataError, match=f"{name} holds NUL bytes, .*{before}") as e:

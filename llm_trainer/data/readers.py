@@ -305,7 +305,9 @@ def ending(
     path:Path # A file
 )->str:
     "How the kind of a file is called when it is left out"
-    return path.suffix.lower().removeprefix(".")[:20] or "no ending"
+    inner = Path(path.stem).suffix.lower() if packing(path) else ""
+    known = inner if inner in (*TEXTS, *TABLES) else ""
+    return (known + path.suffix.lower()).removeprefix(".")[:20] or "no ending"
 
 
 def reason(

@@ -24,7 +24,7 @@ from .hub import KNOWN, open_hub
 from llm_trainer.data.readers import (
     NULS, PACKED, TABLES, TEXTS, ending, find_files, has_nul, head_of, kind_of, not_text, not_utf8, nothing_there,
     reason, said, scan)
-from .tables import column_for, flat, listed, rows_of
+from .tables import column_for, flat, no_text, rows_of
 from ..errors import DataError, NotFoundError
 from ..events import Emit, Note, Progress, print_notes
 from ..system.files import file_hash
@@ -110,10 +110,11 @@ class _NoText(DataError):
 
 def _column(file:Path, wanted:str | None, chosen:dict, inside:bool) -> str:
     "The column of a table to read; `chosen`: those of tables that look the same"
-    try: first = [dict(flat(row)) for _, row in islice(rows_of(file), 2)]
+    try: whole = [row for _, row in islice(rows_of(file), 2)]
     except DataError as e:
         if inside and kind_of(file) == "json": raise _NoText(str(e)) from None
         raise
+    first = [dict(flat(row)) for row in whole]
     if not first and kind_of(file) in ("csv", "tsv") and file.stat().st_size: raise _NoText(
         f"{file} has no rows below its first line, which names the columns.\n"
         "Give a table with rows; the text of a file without columns is read as it is: call it .txt")
@@ -126,9 +127,7 @@ def _column(file:Path, wanted:str | None, chosen:dict, inside:bool) -> str:
     except DataError as e:
         if wanted or alone: raise _NoText(str(e)) from None
         raise
-    if column is None: raise _NoText(
-        f"{file} has no column of text; it has: {listed(first[0])}.\n"
-        "Give a table that has one, or name it: --text-column NAME")
+    if column is None: raise _NoText(no_text(file, whole[0]))
     chosen[key] = column
     return column
 

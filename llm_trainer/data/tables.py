@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from .readers import LONGEST, chunks, kind_of, lines, rewritten, too_long
+from .readers import LONGEST, chunks, head_of, kind_of, lines, rewritten, too_long
 from ..errors import DataError
 from ..terminal import clean
 
 # %% auto #0
-__all__ = ['Rows', 'BATCH', 'MEMORY', 'LOOK', 'LOOK_ON', 'jsonl_rows', 'json_rows', 'csv_rows', 'arrow_rows', 'arrow_others',
-           'rows_of', 'flat', 'look', 'choose_column', 'no_column', 'listed', 'is_template', 'needed', 'valid',
-           'text_of', 'texts_of', 'column_for']
+__all__ = ['Rows', 'TO_LINES', 'TO_QUOTES', 'BATCH', 'MEMORY', 'LOOK', 'LOOK_ON', 'jsonl_rows', 'json_rows', 'csv_rows',
+           'arrow_rows', 'arrow_schema', 'arrow_others', 'rows_of', 'flat', 'look', 'choose_column', 'no_column',
+           'listed', 'is_template', 'needed', 'valid', 'text_of', 'texts_of', 'column_for', 'no_text']
 
 # %% ../../nbs/02b_tables.ipynb #fb7aaa3a
 Rows = Iterator[tuple[str, dict]]  # where a row stands, and its cells by column
@@ -46,13 +46,13 @@ def _not_json(where:str, error:Exception) -> DataError:
 def jsonl_rows(
     path:Path # A file
 )->Rows:
-    "The object of each line of a .jsonl file"
+    "The object of each line of a .jsonl file; a text alone is one, too"
     decode = json.JSONDecoder().decode
     for number, line in enumerate(lines(path), 1):
         if line.isspace(): continue
         try: row = decode(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError) as e: raise _not_json(f"{path}:{number}", e) from None
-        yield _object(row, f"{path}:{number}")
+        yield _object({"text": row} if isinstance(row, str) else row, f"{path}:{number}")
 
 # %% ../../nbs/02b_tables.ipynb #0ba8ab2b
 _SPACE = re.compile(r"[\s,]*")
@@ -133,6 +133,22 @@ def _quoting(path:Path) -> int:
     return csv.QUOTE_MINIMAL
 
 
+def _not_csv(path:Path, line:int, why:str) -> DataError:
+    "The refusal of a file that can't be taken apart into cells, with the line that mends what other programs write"
+    if "new-line character" in why: return DataError(
+        f"{path} ends its lines as old Macs did, with a carriage return alone.\n"
+        f"Convert it: {rewritten(path, TO_LINES, 'lines')}")
+    if b'\\"' in head_of(path): return DataError(
+        f"{path}:{line} is not CSV: a quote inside a text is written \\\" there, where CSV doubles it (\"\").\n"
+        f"Convert it: {rewritten(path, TO_QUOTES, 'quotes')}")
+    return DataError(f"{path}:{line} is not CSV: {clean(why, '')}.\n"
+                     'A text with quotes or line breaks stands in quotes, and a quote in it is doubled (""); '
+                     "mend the line, or save the table as .jsonl.")
+
+
+TO_LINES, TO_QUOTES = r"tr '\r' '\n'", r"""sed 's/\\"/""/g'"""
+
+
 def _cells(
     path:Path # A .csv or .tsv file
 )->tuple[str, int, Iterator[tuple[int, list[str]]]]:
@@ -153,10 +169,7 @@ def _cells(
         try:
             for cells in reader:
                 if len(cells) > 1 or cells and cells[0].strip(): yield first - 1 + reader.line_num, cells
-        except csv.Error as e:
-            raise DataError(f"{path}:{first - 1 + reader.line_num} is not CSV: {clean(str(e), '')}.\n"
-                            'A text with quotes or line breaks stands in quotes, and a quote in it is doubled (""); '
-                            "mend the line, or save the table as .jsonl.") from None
+        except csv.Error as e: raise _not_csv(path, first - 1 + reader.line_num, str(e)) from None
     return divider, first, rows()
 
 # %% ../../nbs/02b_tables.ipynb #b71e02ae
@@ -249,6 +262,8 @@ def arrow_rows(
     "The rows of a .parquet or .arrow file"
     try:
         schema = next(_tables(path, None)).schema
+        if twice := [n for n, several in Counter(schema.names).items() if several > 1]: raise DataError(
+            f"{path} has several columns called {clean(twice[0], '')!r}.\nWrite it again with a name for each.")
         names = [n for n in schema.names if (_is_text(schema.field(n).type) if columns is None else
                                              any(c == n or c.startswith(f"{n}.") for c in columns))]
         for batch in islice(_tables(path, names), 1, None):
@@ -264,13 +279,20 @@ def arrow_rows(
         raise _damaged(path, e, row) from None
 
 
+def arrow_schema(
+    path:Path # A .parquet or .arrow file
+):
+    "Its columns and their types"
+    try: return next(_tables(path, None)).schema
+    except (ValueError, OSError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError) as e:
+        raise _damaged(path, e) from None
+
+
 def arrow_others(
     path:Path # A file
 )->dict[str, int]:
     "The columns of a .parquet or .arrow file that can't hold text, as `look` calls them"
-    try: schema = next(_tables(path, None)).schema
-    except (ValueError, OSError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError) as e:
-        raise _damaged(path, e) from None
+    schema = arrow_schema(path)
     return {name: 0 if _is_text(schema.field(name).type) else -1 for name in schema.names}
 
 # %% ../../nbs/02b_tables.ipynb #a9574864
@@ -479,3 +501,33 @@ def _is_data(header:list[str], name:str, place:int, below:list[list[str]]) -> bo
     if any(cell and cell == other for cell, other in pairs): return True
     usual = sorted(len(cells[place]) for cells in below)[len(below) // 2] if below else 0
     return len(name.split()) > 4 and len(name) * 2 > usual or len(name) > 40 and len(name) * 4 > usual
+
+
+def no_text(
+    path:Path, # A table
+    row:dict # Its first one
+)->str: # A message
+    "What to say of a table in which no column is text: what it has, and how texts in lists are taken out"
+    if kind_of(path) in ("parquet", "arrow"): has = {f.name: f"{f.name} ({f.type})" for f in arrow_schema(path)}.values()
+    else: has = [f"{name} (a list)" if isinstance(value, list) else name for name, value in flat(row)]
+    said = f"{path} has no column of text; it has: {listed(has)}.\n"
+    if code := _unfolded(row, kind_of(path)):
+        program = f"python -c {shlex.quote(f'import json, sys; {code}')}"
+        return f"{said}Take the texts out of the list: {clean(rewritten(path, program, 'texts'), '')}"
+    return said + "Give a table that has one, or name it: --text-column NAME"
+
+
+def _unfolded(row:dict, kind:str) -> str | None:
+    "Python that makes rows of the longest list in a .json file, or a text of the one in each row of a .jsonl file"
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    if kind not in ("json", "jsonl") or not lists: return None
+    name = max(lists, key=lambda name: len(str(lists[name])))
+    first, key = lists[name][0], json.dumps(name, ensure_ascii=False)
+    if kind == "json" and isinstance(first, (dict, str)):
+        rows = "r" if isinstance(first, dict) else "{\"text\": r}"
+        return f"[print(json.dumps({rows})) for r in json.load(sys.stdin)[{key}]]"
+    inside = next((k for k in ("content", "value", "text") if isinstance(first, dict) and k in first), None)
+    if not inside and not isinstance(first, str): return None
+    part = f'str(m["{inside}"])' if inside else "m"
+    text = f'"\\n\\n".join({part} for m in json.loads(l)[{key}])'
+    return f'[print(json.dumps({{"text": {text}}})) for l in sys.stdin]'
