@@ -24,7 +24,8 @@ from .hub import KNOWN, open_hub
 from llm_trainer.data.readers import (
     NULS, PACKED, TABLES, TEXTS, ending, find_files, has_nul, head_of, kind_of, not_text, not_utf8, nothing_there,
     reason, said, scan)
-from .tables import column_for, flat, no_text, rows_of
+from .rows import rows_of
+from .tables import column_for, flat, no_text
 from ..errors import DataError, NotFoundError
 from ..events import Emit, Note, Progress, print_notes
 from ..system.files import file_hash

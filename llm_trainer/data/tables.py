@@ -1,4 +1,4 @@
-"""The rows of JSON, CSV, Parquet and Arrow files, and which of their columns is the text
+"""Which column of a table is the text, and how it is taken out
 
 Docs: https://llm-trainer.github.io/llm_trainer/tables.html.md"""
 
@@ -7,303 +7,21 @@ Docs: https://llm-trainer.github.io/llm_trainer/tables.html.md"""
 # %% ../../nbs/02b_tables.ipynb #7bb2196a
 from __future__ import annotations
 
-import codecs
-import csv
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
-from .readers import LONGEST, chunks, head_of, kind_of, lines, rewritten, too_long
+from .readers import LONGEST, kind_of, rewritten
+from .rows import arrow_others, arrow_schema, column_names, csv_cells, listed, rows_of
 from ..errors import DataError
 from ..terminal import clean
 
 # %% auto #0
-__all__ = ['Rows', 'TO_LINES', 'TO_QUOTES', 'BATCH', 'MEMORY', 'LOOK', 'LOOK_ON', 'jsonl_rows', 'json_rows', 'csv_rows',
-           'arrow_rows', 'arrow_schema', 'arrow_others', 'rows_of', 'flat', 'look', 'choose_column', 'no_column',
-           'listed', 'is_template', 'needed', 'valid', 'text_of', 'texts_of', 'column_for', 'no_text']
-
-# %% ../../nbs/02b_tables.ipynb #fb7aaa3a
-Rows = Iterator[tuple[str, dict]]  # where a row stands, and its cells by column
-_EXAMPLE = '{"text": "Once upon a time"}'
-
-
-def _object(row, where:str) -> tuple[str, dict]:
-    "A row, if it is a JSON object"
-    if isinstance(row, dict): return where, row
-    raise DataError(f"{where} is not a JSON object: {clean(str(row)[:40], '')!r}.\nEach row is one, like {_EXAMPLE}.")
-
-
-def _not_json(where:str, error:Exception) -> DataError:
-    return DataError(f"{where} is not JSON "
-                     f"({getattr(error, 'msg', None) or 'nested too deeply, or too large a number'}).\n"
-                     f"Rows look like {_EXAMPLE}: mend or remove this one.")
-
-
-def jsonl_rows(
-    path:Path # A file
-)->Rows:
-    "The object of each line of a .jsonl file; a text alone is one, too"
-    decode = json.JSONDecoder().decode
-    for number, line in enumerate(lines(path), 1):
-        if line.isspace(): continue
-        try: row = decode(line.decode("utf-8", "replace"))
-        except (ValueError, RecursionError) as e: raise _not_json(f"{path}:{number}", e) from None
-        yield _object({"text": row} if isinstance(row, str) else row, f"{path}:{number}")
-
-# %% ../../nbs/02b_tables.ipynb #0ba8ab2b
-_SPACE = re.compile(r"[\s,]*")
-
-
-def _decoded(path:Path) -> Iterator[str]:
-    "The text of a JSON file, chunk by chunk"
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    for chunk in chunks(path): yield decoder.decode(chunk)
-    yield decoder.decode(b"", True)
-
-
-def json_rows(
-    path:Path # A file
-)->Rows:
-    "The objects of a .json file"
-    decode, source = json.JSONDecoder().raw_decode, _decoded(path)
-    held, at, count, listed, over = "", 0, 0, None, False
-    while True:
-        at = _SPACE.match(held, at).end()
-        if at < len(held):
-            if listed is None and held[at] == "[":
-                listed, at = True, at + 1
-                continue
-            listed = bool(listed)
-            if listed and held[at] == "]":
-                listed, at = False, at + 1
-                continue
-            try: row, end = decode(held, at)
-            except (ValueError, RecursionError) as e:
-                if over or _is_wrong(e, held): raise _not_json(f"{path}, row {count + 1}", e) from None
-            else:
-                if over or held[at] in '{["' or end < len(held):
-                    count, at = count + 1, end
-                    yield _object({"text": row} if isinstance(row, str) else row, f"{path}, row {count}")
-                    continue
-        elif over:
-            if listed: raise DataError(f"{path} is cut off: its list doesn't end.\nDownload or write it again.")
-            return
-        held, at = held[at:], 0
-        if len(held) > LONGEST: raise too_long(str(path), "row")
-        more = _more(source, len(held))
-        held, over = held + more, not more
-
-
-def _is_wrong(error:Exception, held:str) -> bool:
-    "Is this no value that only goes on behind the text read so far?"
-    if isinstance(error, json.JSONDecodeError): return "Unterminated" not in error.msg and error.pos < len(held) - 20
-    return isinstance(error, RecursionError)
-
-
-def _more(source:Iterator[str], least:int) -> str:
-    "The next parts of a text, more than `least` characters together; nothing at its end"
-    parts, size = [], 0
-    for part in source:
-        parts.append(part)
-        size += len(part)
-        if size > least: break
-    return "".join(parts)
-
-# %% ../../nbs/02b_tables.ipynb #94938bb5
-_SEP = re.compile(r'"?sep=([^\w\s"\x00-\x1f\x7f]|\t)"?\s*')  # Excel says so in a line of its own what divides the cells
-
-
-def _divider(header:str, kind:str) -> str:
-    "What divides the cells: the commonest of the usual signs outside quotes"
-    if kind == "tsv": return "\t"
-    bare = re.sub('"[^"]*"', "", header)
-    return max(",;\t|", key=bare.count) if set(",;\t|") & set(bare) else "\x1f"  # one column, which may hold commas
-
-
-def _quoting(path:Path) -> int:
-    "Whether the quotes of a .tsv are quotes: they are where its first lines can be read so"
-    head = [line.decode("utf-8", "replace") for line in islice(lines(path), 1000)]
-    try:
-        for _ in csv.reader(head, delimiter="\t", strict=True): pass
-    except csv.Error: return csv.QUOTE_NONE
-    return csv.QUOTE_MINIMAL
-
-
-def _not_csv(path:Path, line:int, why:str) -> DataError:
-    "The refusal of a file that can't be taken apart into cells, with the line that mends what other programs write"
-    if "new-line character" in why: return DataError(
-        f"{path} ends its lines as old Macs did, with a carriage return alone.\n"
-        f"Convert it: {rewritten(path, TO_LINES, 'lines')}")
-    if b'\\"' in head_of(path): return DataError(
-        f"{path}:{line} is not CSV: a quote inside a text is written \\\" there, where CSV doubles it (\"\").\n"
-        f"Convert it: {rewritten(path, TO_QUOTES, 'quotes')}")
-    return DataError(f"{path}:{line} is not CSV: {clean(why, '')}.\n"
-                     'A text with quotes or line breaks stands in quotes, and a quote in it is doubled (""); '
-                     "mend the line, or save the table as .jsonl.")
-
-
-TO_LINES, TO_QUOTES = r"tr '\r' '\n'", r"""sed 's/\\"/""/g'"""
-
-
-def _cells(
-    path:Path # A .csv or .tsv file
-)->tuple[str, int, Iterator[tuple[int, list[str]]]]:
-    "What divides its cells, the number of its first line, and its rows (the header first), each with its last line"
-    text, first, divider = (line.decode("utf-8", "replace") for line in lines(path)), 1, None
-    for line in text:
-        if said := _SEP.fullmatch(line): divider = said[1]
-        elif line.strip(" \t\r\n,;|"): break
-        first += 1
-    else: return ",", first, iter(())
-    divider, quoting = divider or _divider(line, kind_of(path)), csv.QUOTE_MINIMAL
-    if kind_of(path) == "tsv": quoting = _quoting(path)
-    csv.field_size_limit(LONGEST)
-    reader = csv.reader(chain([line], text), delimiter=divider, quoting=quoting, strict=True,
-                        skipinitialspace=f"{divider} " in line)
-
-    def rows():
-        try:
-            for cells in reader:
-                if len(cells) > 1 or cells and cells[0].strip(): yield first - 1 + reader.line_num, cells
-        except csv.Error as e: raise _not_csv(path, first - 1 + reader.line_num, str(e)) from None
-    return divider, first, rows()
-
-# %% ../../nbs/02b_tables.ipynb #b71e02ae
-def _names(header:list[str]) -> list[str]:
-    "The name of each column: one that is there twice gets a number, one without a name is called by its place"
-    names = [cell.strip() or f"column {number}" for number, cell in enumerate(header, 1)]
-    twice, seen = {name for name, n in Counter(names).items() if n > 1}, Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        if name in twice: names[i] = f"{name} ({seen[name]})"
-    return names
-
-
-def csv_rows(
-    path:Path # A file
-)->Rows:
-    "The rows of a .csv or .tsv file, by its header"
-    rows = _cells(path)[2]
-    names = _names(next(rows, (0, []))[1])
-    if len(set(names)) < len(names): raise DataError(f"{path} calls several columns alike: {listed(names)}.\n"
-                                                     "Give each a name of its own in the first line.")
-    for line, cells in rows:
-        if len(cells) > len(names): raise DataError(
-            f"{path}:{line} has {len(cells)} cells, and the header has {len(names)}.\n"
-            "A text with commas (or whatever divides the cells) in it stands in quotes: mend the line, or save the "
-            "table as .jsonl.")
-        if len(cells) < len(names): raise DataError(
-            f"{path}:{line} has {len(cells)} cell{'s' * (len(cells) != 1)}, and the header has {len(names)}: "
-            f"{listed(names)}.\nA text with a line break in it stands in quotes, and an empty cell is written as "
-            "nothing between two dividers: mend the line, or save the table as .jsonl.")
-        yield f"{path}:{line}", dict(zip(names, cells))
-
-# %% ../../nbs/02b_tables.ipynb #646fc7b8
-BATCH = 256  # rows that are read at a time
-MEMORY = 256 << 20  # bytes that the rows of a parquet file may take, at most
-
-
-def _damaged(path:Path, error:BaseException, row:int | None=None) -> DataError:
-    near = f" near row {row:,}" if row is not None else ""
-    return DataError(f"{path} is not a {kind_of(path)} file, or is damaged{near}: {clean(str(error), '')[:200]}\n"
-                     "Download or write it again, or leave it out of the folder.")
-
-
-def _pyarrow(path:Path):
-    try: import pyarrow
-    except ImportError: raise DataError(f"Reading {path} needs pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
-def _is_text(kind) -> bool:
-    "May a column of this Arrow type hold text, or cells with text?"
-    import pyarrow.types as t
-    if t.is_dictionary(kind): kind = kind.value_type
-    return t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind) or t.is_struct(kind)
-
-# %% ../../nbs/02b_tables.ipynb #5d9197f2
-def _tables(path:Path, columns:list[str] | None) -> Iterator:
-    "The record batches of a .parquet or .arrow file; first an empty one, for its schema"
-    pa = _pyarrow(path)
-    if kind_of(path) == "parquet":
-        import pyarrow.parquet as pq
-        file = pq.ParquetFile(path)
-        yield file.schema_arrow.empty_table()
-        yield from file.iter_batches(batch_size=_rows_at_once(file.metadata), columns=columns)
-        return
-    with pa.OSFile(str(path)) as source:
-        try: file = pa.ipc.open_file(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            stream = pa.ipc.open_stream(source)
-            yield stream.schema.empty_table()
-            yield from stream
-        else:
-            yield file.schema.empty_table()
-            for i in range(file.num_record_batches): yield file.get_batch(i)
-
-
-def _rows_at_once(metadata) -> int:
-    "How many rows fit in memory whatever they are: a dictionary can stand for a huge text in each of them"
-    chunks = [metadata.row_group(i).column(j) for i in range(metadata.num_row_groups)
-              for j in range(metadata.num_columns)]
-    return max(1, min(BATCH, MEMORY // max([1, *(chunk.total_uncompressed_size for chunk in chunks)])))
-
-
-def arrow_rows(
-    path:Path, # A .parquet or .arrow file
-    columns:list[str] | None=None, # The cells that are needed; None: those that may be text
-    row:int=0 # The number of the first row
-)->Rows:
-    "The rows of a .parquet or .arrow file"
-    try:
-        schema = next(_tables(path, None)).schema
-        if twice := [n for n, several in Counter(schema.names).items() if several > 1]: raise DataError(
-            f"{path} has several columns called {clean(twice[0], '')!r}.\nWrite it again with a name for each.")
-        names = [n for n in schema.names if (_is_text(schema.field(n).type) if columns is None else
-                                             any(c == n or c.startswith(f"{n}.") for c in columns))]
-        for batch in islice(_tables(path, names), 1, None):
-            batch = batch.select(names)
-            batch.validate(full=True)
-            for start in range(0, batch.num_rows, BATCH):
-                for cells in batch.slice(start, BATCH).to_pylist():
-                    yield f"{path}, row {row}", cells
-                    row += 1
-    except DataError: raise
-    except PermissionError: raise
-    except (ValueError, OSError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError) as e:
-        raise _damaged(path, e, row) from None
-
-
-def arrow_schema(
-    path:Path # A .parquet or .arrow file
-):
-    "Its columns and their types"
-    try: return next(_tables(path, None)).schema
-    except (ValueError, OSError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError) as e:
-        raise _damaged(path, e) from None
-
-
-def arrow_others(
-    path:Path # A file
-)->dict[str, int]:
-    "The columns of a .parquet or .arrow file that can't hold text, as `look` calls them"
-    schema = arrow_schema(path)
-    return {name: 0 if _is_text(schema.field(name).type) else -1 for name in schema.names}
-
-# %% ../../nbs/02b_tables.ipynb #a9574864
-def rows_of(
-    path:Path, # A table
-    columns:list[str] | None=None # The cells that are needed; None: all
-)->Rows:
-    "The rows of a table, whatever its kind"
-    kind = kind_of(path)
-    if kind in ("parquet", "arrow"): return arrow_rows(path, columns)
-    return {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}[kind](path)
+__all__ = ['LOOK', 'LOOK_ON', 'flat', 'look', 'choose_column', 'no_column', 'is_template', 'needed', 'valid', 'text_of',
+           'texts_of', 'column_for', 'no_text']
 
 # %% ../../nbs/02b_tables.ipynb #dcf82c5b
 LOOK = 1000  # rows that are looked at
@@ -367,14 +85,6 @@ def no_column(
     "The refusal of a table without that column"
     several = "\nChoose one: --text-column NAME, or join several: --text-column '{one}\\n\\n{other}'"
     return DataError(f"{where} has no column {clean(column, '')!r}; it has: {listed(columns)}.{several}")
-
-
-def listed(
-    columns:Iterable[str] # Names
-)->str:
-    "The names of some columns"
-    names = sorted(clean(str(name), "")[:60] for name in columns)
-    return ", ".join(names[:30]) + (f" … ({len(names)} in all)" if len(names) > 30 else "") or "none"
 
 # %% ../../nbs/02b_tables.ipynb #f33cb301
 _FIELD = re.compile(r"(\{\{|\}\}|\{[^{}]+\})")
@@ -482,9 +192,9 @@ def _outer(name:str, columns:Iterable[str]) -> bool: return any(c.startswith(f"{
 # %% ../../nbs/02b_tables.ipynb #b71e02ab
 def _check_header(path:Path, column:str, inside:bool) -> None:
     "Refuse a CSV file whose first row isn't names; `column`: the one that holds the most text"
-    divider, first, rows = _cells(path)
+    divider, first, rows = csv_cells(path)
     _, header = next(rows)
-    names, below = _names(header), [cells for _, cells in islice(rows, 100)]
+    names, below = column_names(header), [cells for _, cells in islice(rows, 100)]
     if not _is_data(header, header[names.index(column)], names.index(column), below): return
     ours = ["text" if name == column else f"column_{i}" for i, name in enumerate(names, 1)]
     program = f"(echo {shlex.quote(divider.join(ours))}; {'cat' if first == 1 else f'tail -n +{first}'})"
@@ -508,7 +218,7 @@ def no_text(
     row:dict # Its first one
 )->str: # A message
     "What to say of a table in which no column is text: what it has, and how texts in lists are taken out"
-    if kind_of(path) in ("parquet", "arrow"): has = {f.name: f"{f.name} ({f.type})" for f in arrow_schema(path)}.values()
+    if kind_of(path) in ("parquet", "arrow"): has = [f"{f.name} ({f.type})" for f in arrow_schema(path)]
     else: has = [f"{name} (a list)" if isinstance(value, list) else name for name, value in flat(row)]
     said = f"{path} has no column of text; it has: {listed(has)}.\n"
     if code := _unfolded(row, kind_of(path)):
