@@ -5,7 +5,7 @@
 
 Each client asks, again and again, for a text of that many tokens without a stream; the speed is that of all of them
 together over the time given. Prints one JSON object. `ratio` is ours over theirs. Theirs is started with continuous
-batching where its version has it; where it can't be started, `theirs` says why.
+batching where its version has it (pip install 'transformers[serving]'); where it can't be started, `theirs` says why.
 """
 import argparse
 import http.client
