@@ -9,51 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .cache import prepared
+from .codec import EOT, KINDS, Codec, byte_backend, parsed, read_json, read_text
 from .corpus import Corpus
 from .pretrained import TEMPLATES, model_folder
-from .tables import valid
-from ..errors import NotFoundError, UsageError
+from ..errors import UsageError
 from ..events import Emit, Note, Progress, print_notes
 from ..workspace import home, located
 
 # %% auto #0
-__all__ = ['EOT', 'KINDS', 'BYTES', 'AROUND', 'IDS', 'WAYS', 'KEPT', 'ENOUGH', 'byte_backend', 'char_backend', 'broken',
-           'bpe_backend', 'Codec', 'Tokenizer', 'train_tokenizer', 'prepare_tokenizer']
-
-# %% ../../nbs/03_tokenizer.ipynb #66cb1812
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set here, or the library warns in each forked loader worker
-EOT = "<|endoftext|>"
-KINDS = ("bpe", "char", "byte")
-
-# %% ../../nbs/03_tokenizer.ipynb #0761f655
-def _byte_table() -> list[str]:
-    "GPT-2's printable character for each byte: itself where it has a shape, else the next one from U+0100 on"
-    shapes = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = iter(range(256, 512))
-    return [chr(b) if b in shapes else chr(next(rest)) for b in range(256)]
-
-
-BYTES = _byte_table()
-
-
-def byte_backend() -> Backend:
-    "One token a byte"
-    backend = Backend(models.BPE(vocab={char: byte for byte, char in enumerate(BYTES)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([EOT])
-    return backend
+__all__ = ['IDS', 'WAYS', 'KEPT', 'ENOUGH', 'char_backend', 'broken', 'bpe_backend', 'Tokenizer', 'train_tokenizer',
+           'prepare_tokenizer']
 
 # %% ../../nbs/03_tokenizer.ipynb #933003fb
 def char_backend(
@@ -99,184 +72,6 @@ def bpe_backend(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return backend
 
-# %% ../../nbs/03_tokenizer.ipynb #82c102c7
-_LARGEST = 64 << 20  # bytes; the largest in use has about 35 MB
-_RANKS = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONVERT = ("import os\nfrom transformers.convert_slow_tokenizer import TikTokenConverter\n"
-            "os.makedirs('my-tokenizer', exist_ok=True)\n"
-            "TikTokenConverter({path!r}, {pattern!r}, extra_special_tokens=['<|endoftext|>'])"
-            ".converted().save('my-tokenizer/tokenizer.json')")
-
-
-def _foreign(file:Path) -> UsageError | None:
-    "The refusal of a tokenizer of tiktoken or sentencepiece; None for another file"
-    if file.suffix.lower() not in (".tiktoken", ".model", ".spm", ".vocab") or not file.is_file(): return None
-    with open(file, "rb") as f: head = f.read(200)
-    if _RANKS.match(head):
-        script = _CONVERT.format(path=str(file), pattern=_GPT2)
-        return UsageError(f"{file} is a tokenizer of tiktoken: it doesn't say how text is divided into words.\n"
-                          "Convert it to a folder and give that, --tokenizer ./my-tokenizer (this is GPT-2's division; "
-                          f"put in the one it was made with):\npython -c {shlex.quote(script)}")
-    return UsageError(f"{file} is a tokenizer of sentencepiece, not a byte-level BPE as of GPT-2, Qwen and Llama 3.\n"
-                      "Give a folder with the tokenizer.json of such a model, or train one on your text: "
-                      "--tokenizer bpe")
-
-
-def _read_text(file:Path) -> str:
-    "A file's text, if it is of a size to be a tokenizer's"
-    near = [file, *(file.with_name(name) for name in ("tokenizer.model", "spiece.model", "vocab.tiktoken"))]
-    if error := next(filter(None, map(_foreign, near if not file.is_file() else near[:1])), None): raise error
-    if not file.is_file(): raise NotFoundError(
-        f"There is no tokenizer at {file}.\nGive a folder with a tokenizer.json, or one of {', '.join(KINDS)}.")
-    if file.stat().st_size > _LARGEST:
-        raise UsageError(f"{file} is too large for a tokenizer: over {_LARGEST >> 20} MB.")
-    try: return file.read_bytes().decode()
-    except UnicodeDecodeError: raise UsageError(f"{file} is not a tokenizer: it is not UTF-8 text.") from None
-
-
-def _read_json(file:Path, required:bool=True) -> dict:
-    "A JSON object from a file"
-    if not required and not file.is_file(): return {}
-    try: found = json.loads(_read_text(file))
-    except (ValueError, RecursionError): found = None
-    if not isinstance(found, dict): raise UsageError(f"{file} is damaged: it is not a JSON object.")
-    return found
-
-# %% ../../nbs/03_tokenizer.ipynb #382ca3e2
-def _nodes(tree):
-    "Every object in a JSON tree"
-    todo = [tree]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, dict): yield node
-        if isinstance(node, (dict, list)): todo.extend(node.values() if isinstance(node, dict) else node)
-
-
-def _check(text:str, name) -> dict:
-    "The parsed tokenizer.json, if it is one that we can use"
-    try: tree = json.loads(text)
-    except (ValueError, RecursionError): raise UsageError(
-        f"{name} is not a tokenizer: it is not JSON.\n"
-        f"Give a folder with a tokenizer.json, or one of {', '.join(KINDS)}.") from None
-    parts = {k: tree.get(k) for k in ("model", "decoder", "added_tokens")} if isinstance(tree, dict) else {}
-    model, added = parts.get("model"), parts.get("added_tokens") or []
-    shaped = isinstance(model, dict) and isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
-    if not shaped or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added):
-        raise UsageError(f"{name} is not a BPE tokenizer.\nTrain one on your text: --tokenizer bpe")
-    decoder = {node.get("type") for node in _nodes(parts.get("decoder") or {})}
-    on_bytes = "ByteLevel" in decoder or decoder == {"Sequence", "ByteFallback", "Fuse"}
-    if model.get("type", "BPE") != "BPE" or not on_bytes:
-        raise UsageError(f"{name} is not a byte-level BPE tokenizer, the kind of GPT-2, Qwen and Llama 3.\n"
-                         "Train one on your text: --tokenizer bpe")
-    patterns = [node["Regex"] for node in _nodes({k: v for k, v in tree.items() if k != "model"}) if "Regex" in node]
-    if any(not isinstance(p, str) or len(p) > 2000 for p in patterns):
-        raise UsageError(f"{name} is not used: it has a regular expression that is too long.")
-    return {**tree, "added_tokens": added}
-
-# %% ../../nbs/03_tokenizer.ipynb #73598581
-AROUND = 8  # tokens at most before and after a text
-
-
-def _backend(text:str) -> Backend:
-    "The library's tokenizer, set so that text never becomes a special token and nothing is cut off or added"
-    _check(text, "tokenizer.json")
-    try: backend = Backend.from_str(text)
-    except BaseException as e:  # the library also panics, and a panic is not an Exception
-        if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)): raise
-        raise UsageError(f"tokenizer.json is damaged: {str(e)[:200]}") from None
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _around(backend:Backend, size:int) -> tuple[list[int], list[int]]:
-    "The tokens that the tokenizer puts before and after every text: Llama 3's `<|begin_of_text|>`"
-    found = backend.encode("a")
-    own = [i for i, special in enumerate(found.special_tokens_mask) if not special]
-    first, last = (own[0], own[-1] + 1) if own else (len(found.ids), len(found.ids))
-    before, after = found.ids[:first], found.ids[last:]
-    if len(before) + len(after) > AROUND or any(i >= size for i in before + after):
-        raise UsageError(f"The tokenizer is not used: it puts {len(before) + len(after)} tokens around each text; "
-                         f"at most {AROUND} of its own vocabulary make sense.\n"
-                         "Mend the post_processor in its tokenizer.json, or choose another: --tokenizer bpe")
-    return before, after
-
-# %% ../../nbs/03_tokenizer.ipynb #8f587423
-def _token_bytes(backend:Backend, size:int, spelled:bool) -> list[bytes]:
-    "What each token stands for, by its number; `spelled`: bytes are written <0xE6>, not in GPT-2's table"
-    byte_of = {char: byte for byte, char in enumerate(BYTES)}
-    added, table = backend.get_added_tokens_decoder(), []
-    for i in range(size):
-        token = backend.id_to_token(i)
-        if token is None: table.append(b"")
-        elif i in added: table.append(b"" if added[i].special else token.encode())
-        elif spelled: table.append(bytes([int(token[3:5], 16)]) if len(token) == 6 else token.encode())
-        else: table.append(bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode())
-    return table
-
-# %% ../../nbs/03_tokenizer.ipynb #1d524e2a
-class Codec:
-    "A tokenizer.json at work: text to token numbers and back. It knows nothing of what a folder says beside it"
-    def __init__(self,
-        text:str # The content of a tokenizer.json
-    ):
-        self.json, self.hash = text, hashlib.sha256(text.encode()).hexdigest()
-        self.backend = _backend(text)
-        self.vocab_size = max(self.backend.get_vocab().values()) + 1
-        self.before, self.after = _around(self.backend, self.vocab_size)
-
-    @cached_property
-    def kind(self) -> str:
-        "bpe, char or byte"
-        model = json.loads(self.json)["model"]
-        if model["merges"]: return "bpe"
-        return "char" if model.get("byte_fallback") else "byte"
-
-    def encode(self, text:str) -> list[int]:
-        "The token numbers of `text`; nothing is added, and `<|endoftext|>` in it is ordinary text"
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts:Iterable[str]) -> list[list[int]]:
-        "The token numbers of several texts, on all cores"
-        return [e.ids for e in self.backend.encode_batch_fast([valid(t) for t in texts], add_special_tokens=False)]
-
-    def encode_prompt(self, text:str) -> list[int]:
-        "The token numbers of a text that is to be continued, behind what the tokenizer begins every text with"
-        return self.before + self.encode(text)
-
-    @cached_property
-    def _marking(self) -> Backend:
-        backend = _backend(self.json)
-        backend.encode_special_tokens = False
-        return backend
-
-    def encode_marked(self, text:str) -> list[int]:
-        "The token numbers of a text in which special tokens are meant, as a chat template writes it; nothing is added"
-        return self._marking.encode(valid(text), add_special_tokens=False).ids
-
-    @cached_property
-    def joining(self) -> Backend | None:
-        "Encodes the same, but takes `<|endoftext|>` for the token, so that one text can hold several documents"
-        added = list(self.backend.get_added_tokens_decoder().values())
-        if [t.content for t in added] != [EOT]: return None  # others would be taken for tokens, too
-        plain = not (added[0].normalized or added[0].lstrip or added[0].rstrip or added[0].single_word)
-        return self._marking if plain else None
-
-    @cached_property
-    def _bytes(self) -> list[bytes]: return _token_bytes(self.backend, self.vocab_size, self.kind == "char")
-
-    def token_bytes(self, id:int) -> bytes:
-        "The bytes that a token stands for; none for a special token"
-        return self._bytes[id]
-
-    def decode(self, ids:Iterable[int]) -> str:
-        "The text of some tokens: special tokens are left out, bytes that are no UTF-8 become \ufffd"
-        return b"".join(self._bytes[int(i)] for i in ids).decode("utf-8", "replace")
-
-    def __repr__(self): return f"{type(self).__name__}({self.kind}, {self.vocab_size:,} tokens, {self.hash[:8]})"
-
 # %% ../../nbs/03_tokenizer.ipynb #e0d9eb7c
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WAYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation_config.json
@@ -288,8 +83,8 @@ KEPT = ("additional_special_tokens", "extra_special_tokens", "model_specific_spe
 
 def _stated(folder:Path) -> dict | None:
     "What a folder says of its tokens: special ones, the chat templates in any of their places; None: nothing"
-    found = _read_json(folder / "tokenizer_config.json", required=False)
-    older = _read_json(folder / "special_tokens_map.json", required=False)
+    found = read_json(folder / "tokenizer_config.json", required=False)
+    older = read_json(folder / "special_tokens_map.json", required=False)
     if "added_tokens_decoder" not in found: _agree(folder, found, older)
     templates = _template_files(folder)
     if not found and not older and not templates: return None
@@ -301,7 +96,7 @@ def _template_files(folder:Path) -> str | list[dict] | None:
     "The chat templates that are files: the only one, or several by name, as tokenizer_config.json holds them"
     files = {"default": folder / "chat_template.jinja"}
     files |= {f.stem: f for f in sorted((folder / TEMPLATES).glob("*.jinja"))[:100]}
-    found = [{"name": name, "template": _read_text(file)} for name, file in files.items() if file.is_file()]
+    found = [{"name": name, "template": read_text(file)} for name, file in files.items() if file.is_file()]
     return found[0]["template"] if [t["name"] for t in found] == ["default"] else found or None
 
 
@@ -392,12 +187,12 @@ def _contradiction(codec:Codec, config:dict) -> str | None:
 def _read_folder(path:Path) -> tuple[str, str, dict | None, dict, dict]:
     "The arguments of a `Tokenizer`, from a folder or its tokenizer.json"
     file = path / "tokenizer.json" if path.is_dir() else path
-    text, config = _read_text(file), _stated(file.parent)
-    model = _read_json(file.with_name("config.json"), required=False)
-    ways = _read_json(file.with_name("generation_config.json"), required=False)
+    text, config = read_text(file), _stated(file.parent)
+    model = read_json(file.with_name("config.json"), required=False)
+    ways = read_json(file.with_name("generation_config.json"), required=False)
     ids = {name: model[name] for name in IDS if name in model}
     ways = {name: value for name, value in ways.items() if name in (*IDS, *WAYS)}
-    return text, _separator(_check(text, file), config), config, ids, ways
+    return text, _separator(parsed(text, file), config), config, ids, ways
 
 
 def _write_folder(folder:Path, text:str, config:dict) -> None:
