@@ -155,15 +155,18 @@ def _today() -> str: return datetime.now(UTC).date().isoformat()
 
 def spend(budget: float, ledger: Ledger, only: set[str] | None = None, jobs: int = 1, say=print) -> int:
     """Run the battery for `budget` seconds in `jobs` processes at once: always the test that is farthest from the N we
-    want. Gives the number of failures"""
+    want, and each at least once, also where that takes longer. Gives the number of failures"""
     version, failed, end = code_version(), 0, time.monotonic() + budget
     chosen = [t for t in trials() if t.goal and (not only or t.id in only or t.id.split()[0] in only)]
     given = {t.id: ledger.row(t.id, version)["n"] for t in chosen}  # cases that ran or are under way, from number 0 on
     running = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         while True:
-            while len(running) < jobs and time.monotonic() < end:
-                t = min(chosen, key=lambda t: given[t.id] / t.goal)
+            while len(running) < jobs:
+                over = time.monotonic() > end
+                left = [t for t in chosen if not (over and given[t.id])]
+                if not left: break
+                t = min(left, key=lambda t: given[t.id] / t.goal)
                 running[pool.submit(run_chunk, t.id, t.chunk, given[t.id])] = t
                 given[t.id] += t.chunk
             if not running: return failed
@@ -190,6 +193,7 @@ def again(id: str, why: str, ledger: Ledger, say=print) -> int:
 
 def report(ledger: Ledger) -> str:
     "RELIABILITY.md"
+    from . import mutants
     version, all_trials = code_version(), trials()
     here = {t.id: ledger.row(t.id, version) for t in all_trials}
     def minutes(rows): return sum(row["seconds"] for row in rows) / 60
@@ -205,11 +209,15 @@ def report(ledger: Ledger) -> str:
         f"{ever - minutes(here.values()):.0f} minutes on earlier code", "",
         "| test | what is attacked, and what must hold | N | failures | wanted N | minutes | N on earlier code |",
         "|---|---|---:|---:|---:|---:|---:|"]
+    changed = mutants.summary()
     for t in all_trials:
         row = here[t.id]
         lines.append(f"| {t.id} | {t.title} | {row['n']:,} | {len(row['failures'])} | {t.goal:,} | "
                      f"{row['seconds'] / 60:.1f} | "
                      f"{ledger.ran(t.id) - row['n']:,} |")
+        if t.id == "T23":
+            lines.append(f"| T24 | {mutants.TITLE} | {changed['tried']:,} | {len(changed['survived'])} | "
+                         f"{changed['mutants']:,} | {changed['seconds'] / 60:.1f} | |")
     told = [(t.id, v, row) for t in all_trials for v, row in ledger.rows(t.id).items()]
     paragraphs = {
         "Failures that stand": [f"- {id} on `{v}`: {_last(f)}" for id, v, row in told for f in row["failures"]],
@@ -219,7 +227,11 @@ def report(ledger: Ledger) -> str:
         "What the random tests hit, on this code": [
             f"- {t.id}: " + ", ".join(f"{what} {n:,}" for what,
                                       n in sorted(here[t.id]["struck"].items(), key=lambda kv: -kv[1]))
-            for t in all_trials if here[t.id]["struck"]]}
+            for t in all_trials if here[t.id]["struck"]],
+        "Mutants that no test noticed (T24)": [
+            f"- `{module}`, `{one['line']}`: {one['what']}" for module, one in changed["survived"]],
+        "Mutants that no test could notice (T24)": [
+            f"- `{module}`, `{one['line']}`: {one['what']}. {why}" for module, one, why in changed["same"]]}
     for title, rows in paragraphs.items(): lines += ["", f"## {title}", "", *rows] if rows else []
     return "\n".join([*lines, ""])
 
