@@ -97,14 +97,49 @@ def test_a_reader_gets_every_line(tmp_path):
     assert len(found) == 2000 and found[-1].startswith("line 1999 ")
 
 
-def test_training_goes_on_to_its_end_without_its_pipe(space):  # noqa: F811
-    "The real program, its output a pipe that is full from the beginning and that nobody reads"
+def full_pipe():
+    "The ends of a pipe that takes nothing more"
     read, write = os.pipe()
     os.set_blocking(write, False)
-    try:
-        while True: os.write(write, b"x" * 4096)
-    except BlockingIOError: pass
+    for size in (4096, 1):
+        try:
+            while True: os.write(write, b"x" * size)
+        except BlockingIOError: pass
     os.set_blocking(write, True)
+    return read, write
+
+
+@pytest.mark.parametrize("words", [["logs", "one", "--lines", "20000"], ["logs", "one", "--follow"],
+                                   ["status", "--watch"], ["prepare", "--config", "tiny", "--show", "2"]],
+                         ids=" ".join)
+def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa: F811
+    "As when its pager is not read, or Ctrl-S was pressed"
+    run = create_run(space.runs, tiny().to_dict(), name="one", locked=True)
+    (run.folder / "train.log").write_text("a line of the log\n" * 20000)
+    read, write = full_pipe()
+    child = subprocess.Popen([sys.executable, "-m", "llm_trainer", *words], cwd=space.root, stdin=subprocess.DEVNULL,
+                             stdout=write, stderr=write, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(write)
+    until(lambda: child.poll() is not None or stands_still(child.pid))
+    try:
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    finally: child.kill()
+    run.lock.release()
+    os.close(read)
+
+
+def stands_still(pid):
+    "Does a process sleep, and compute nothing for a second?"
+    before = process._stat(pid)
+    time.sleep(1)
+    after = process._stat(pid)
+    return before[0] == after[0] == "S" and before[11:13] == after[11:13]
+
+
+def test_training_goes_on_to_its_end_without_its_pipe(space):  # noqa: F811
+    "The real program, its output a pipe that is full from the beginning and that nobody reads"
+    read, write = full_pipe()
     words = [sys.executable, "-m", "llm_trainer", "train", "--config", "tiny", "--max-steps", "3", "--name", "unread",
              "--threads", "1"]
     child = subprocess.Popen(words, cwd=space.root, stdout=write, stderr=write,

@@ -887,12 +887,14 @@ def main(argv: list[str] | None = None) -> int:
     from llm_trainer.cli import viewer
     from llm_trainer.system import process
     words, ours = sys.argv[1:] if argv is None else argv, argv is None
-    if ours: process.prepare()
+    if ours:
+        process.prepare()
+        viewer.let_go()
     if words[:1] in (["train"], ["resume"]) and os.environ.get("LOCAL_RANK"): return _beside_others(words)
     if words[:1] not in (["train"], ["resume"]) or {"--background", "--dry-run", "--dry_run"} & set(words):
         return front.run(argv)
     with viewer.attached(): code = front.run(argv)
-    if ours: _gone_within(15, code)
+    if ours: viewer.gone_within(15, code)
     return code
 
 
@@ -908,14 +910,6 @@ def _beside_others(words: list[str]) -> int:
     with viewer.attached(): code = front.run(words)
     if code and not torchrun.met(): torchrun.absent(place, words, code)
     worker.leave(code)  # threads of torch may wait for ranks that are gone
-
-
-def _gone_within(seconds: float, code: int):
-    "What a library still does when the process ends may never come to its end"
-    import threading
-    timer = threading.Timer(seconds, os._exit, [code])
-    timer.daemon = True
-    timer.start()
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -4,6 +4,7 @@ Text is handed to a thread that writes it; what the other side doesn't take is d
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -81,6 +82,32 @@ def _real(stream) -> bool:
     "Is `stream` open on a descriptor of the system?"
     try: return os.fstat(stream.fileno()) is not None and not stream.closed
     except (AttributeError, OSError, ValueError): return False
+
+
+def takes(fd: int) -> bool:
+    "Would a short write to a descriptor return at once? Not where a pipe is full, or a terminal is stopped"
+    try: return bool(select.select([], [fd], [], 0)[1])
+    except (OSError, ValueError): return True
+
+
+def let_go(seconds: float = 2.0) -> None:
+    """Ctrl-C ends a command whose output nobody takes, too: what it still says goes nowhere, and what doesn't come back
+    from writing is ended after `seconds`"""
+    def interrupted(signum, frame):
+        stuck = [fd for fd in (1, 2) if not takes(fd)]
+        if stuck:
+            null = os.open(os.devnull, os.O_WRONLY)
+            for fd in stuck: os.dup2(null, fd)
+            gone_within(seconds, 128 + signum)
+        raise KeyboardInterrupt
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, interrupted)
+
+
+def gone_within(seconds: float, code: int) -> None:
+    "What a library still does when the process ends may never come to its end"
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

@@ -121,6 +121,7 @@ if ROOM and os.path.exists(ROOM + "/trace"):
     sys.settrace(calls), threading.settrace(calls)
 
     class Plugin:
+        __loader__ = None
         def pytest_runtest_protocol(self, item):
             with open(ROOM + "/now", "w") as f: f.write(item.nodeid)
             now()
@@ -182,6 +183,7 @@ def reach(twin: Path, room: Path, say=print) -> Reach:
         for row in (room / "lines").read_text().splitlines():
             module, line, id = row.split("\t")
             if id not in bad: lines[module].setdefault(int(line), set()).add(id)
+        if not seconds: sys.exit(f"{test} can't be run")
         modules |= set((room / "modules").read_text().split())
         say(f"{test}: looked at in {time.monotonic() - begun:.0f} s; not used: {len(bad)}", flush=True)
     (twin / "sitecustomize.py").unlink()

@@ -87,7 +87,12 @@ def _train(space: Path, *words: str, before=(), **how) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=space, env=env, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
                                                           "stderr": subprocess.DEVNULL, "start_new_session": True,
-                                                            **how})
+                                                          "preexec_fn": _hears_hangups, **how})
+
+
+def _hears_hangups() -> None:
+    "For a child: as in a terminal, also where the battery runs under nohup"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _until(condition, seconds: float = 120):
