@@ -152,14 +152,14 @@ sys.exit(worker.work(run, workspace.find(run.folder), events=events))
 def stand_in(space, phase, rounds=10**9):
     run = create_run(space.runs, tiny().to_dict())
     process = subprocess.Popen([sys.executable, "-c", STAND_IN, str(ROOT), str(run.folder), phase, str(rounds)],
-                               preexec_fn=hears_hangups)
+                               preexec_fn=hears_signals)
     until(lambda: (run.folder / "busy").exists())
     return run, process
 
 
-def hears_hangups():
-    "For a child: as in a terminal, also where the tests run under nohup"
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hears_signals():
+    "For a child: as in a terminal, also where the tests run under nohup or in the background of a script"
+    for signum in worker.STOPS: signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("phase", ["downloading", "tokenizing", "compiling"])

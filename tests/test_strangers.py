@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
+from conftest import program
 from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, until  # noqa: F401
 
 from llm_trainer import workspace
+from llm_trainer.cli import commands
 from llm_trainer.runs import launch, worker
 from llm_trainer.runs.run import Run, create_run, find_run
 from llm_trainer.runs.writer import RunWriter
@@ -127,6 +130,41 @@ def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa:
     finally: child.kill()
     run.lock.release()
     os.close(read)
+
+
+def test_a_prompt_from_a_pipe_is_waited_for_aloud_and_one_without_end_is_refused(space):  # noqa: F811
+    os.mkfifo(space.root / "pipe")
+    words = [sys.executable, "-m", "llm_trainer", "generate", "x", "--prompt-file"]
+    how = dict(cwd=space.root, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = subprocess.Popen([*words, "pipe"], **how)
+    try:
+        assert "Waiting for somebody to write into pipe" in child.stderr.readline()
+        (space.root / "pipe").write_text("a prompt")
+        assert "There is no run x" in child.communicate(timeout=60)[1] and child.returncode == 3
+    finally: child.kill()
+    for endless in (["/dev/zero"], ["-"]):
+        with open("/dev/zero") as zeros: done = subprocess.run([*words, *endless], stdin=zeros, **how)
+        assert done.returncode == 2 and "no prompt is that long" in done.stderr
+
+
+def test_a_link_to_itself_is_no_fault_of_the_program(space, capsys):  # noqa: F811
+    (space.root / "x").symlink_to("x")
+    assert commands.main(["init", "x"]) == 1
+    assert "link" in (said := capsys.readouterr().err) and "internal error" not in said
+
+
+def test_the_next_command_is_quoted(tmp_path, capsys):
+    assert commands.main(["init", str(tmp_path / "my models")]) == 0
+    assert f"cd '{tmp_path}/my models'" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_program(space):  # noqa: F811
+    limited = ["sh", "-c", 'ulimit -v 300000; exec "$@"', "sh", sys.executable, "-m", "llm_trainer", "doctor"]
+    done = subprocess.run(limited, cwd=space.root, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "internal error" not in said and "Traceback" not in said
+    assert "ulimit -v" in said or "PyTorch does not load" in said
 
 
 def stands_still(pid):
@@ -248,6 +286,22 @@ def test_a_run_that_may_not_be_read_is_unknown(space):  # noqa: F811
     run.folder.chmod(0)
     try: assert find_run(space.runs, "private").status().status == "unknown"
     finally: run.folder.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_what_belongs_to_another_user_is_said_to():
+    "Not that it ended, nor that it is empty, nor that its lock should be removed"
+    code = ("import os, sys; os.setgid(54321); os.setuid(54321)\n"
+            "from llm_trainer.cli.commands import main; sys.exit(main())")
+    with tempfile.TemporaryDirectory() as root:  # a folder that pytest doesn't close to others
+        os.chmod(root, 0o755)
+        space = workspace.init(root)
+        run = create_run(space.runs, tiny().to_dict(), name="private")
+        (run.folder / "train.log").write_text("a line")
+        for words in (["stop", "private"], ["logs", "private"], ["resume", "private"], ["delete", "private", "--yes"]):
+            said = program(space, *words, code=code)
+            assert said.returncode == 1 and "permission denied" in said.stderr.lower(), said
+            assert "Remove" not in said.stderr
 
 
 def test_a_lock_that_another_process_keeps_too_long_costs_an_index_not_the_training(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from typing import Literal
 
 from llm_trainer import __version__, workspace
 from llm_trainer.cli import render
-from llm_trainer.errors import BusyError, LLMTrainerError, NotFoundError, UsageError
+from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.events import print_notes
 from llm_trainer.cli.parser import Flag, FrontEnd, docments
 from llm_trainer.runs.resolve import is_folder, resolve_inputs, weights
@@ -117,7 +117,7 @@ def init(
     """
     space = workspace.init(folder)
     if json: return print(render.as_json({"root": str(space.root)}))
-    render.say(f"Workspace ready: {space.root}", "Next:", f"  cd {space.root}", "  llm-trainer doctor",
+    render.say(f"Workspace ready: {space.root}", "Next:", f"  cd {shlex.quote(str(space.root))}", "  llm-trainer doctor",
              "  llm-trainer train --config quickstart")
 
 
@@ -250,7 +250,7 @@ def _go(run, space, background: bool, json: bool, sinks=(), team=None):
     if sinks:
         from llm_trainer.runs import loggers
         loggers.start(run, space, sinks)
-        if "tensorboard" in sinks: _tell(f"Curves in TensorBoard: tensorboard --logdir {space.runs}")
+        if "tensorboard" in sinks: _tell(f"Curves in TensorBoard: tensorboard --logdir {shlex.quote(str(space.runs))}")
     if background:
         state = run.status()
         if json: return print(render.as_json({**asdict(state), "folder": str(run.folder)}))
@@ -523,6 +523,7 @@ def logs(
 ):
     "Print the log of a run"
     found = _run(run)
+    if why := found.why_no_log(): raise CheckpointError(f"The log of {found.id} can't be read: {why}.")
     for text in found.log_tail(max(0, lines)): render.say(text.rstrip("\n"))
     if follow:
         from llm_trainer.cli import progress
@@ -546,7 +547,7 @@ def log_to(
     read = loggers.log_to(found := _run(run), sinks, project, once)
     sent = f"{read['metrics']:,} rows of metrics, {read['samples']:,} samples"
     render.say(f"Sent {found.id} to {', '.join(sinks)}: {sent}.",
-               *([f"See them: tensorboard --logdir {found.folder.parent}"] if "tensorboard" in sinks else []))
+               *([f"See them: tensorboard --logdir {shlex.quote(str(found.folder.parent))}"] if "tensorboard" in sinks else []))
 
 
 def watch(

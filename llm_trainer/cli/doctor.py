@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -26,11 +27,13 @@ def _workspace() -> dict:
     try: space = workspace.find()
     except LLMTrainerError as error: return {"problem": str(error)}
     folders = {name: str(getattr(space, name)) for name in ("data", "checkpoints", "runs", "configs")}
-    closed = [f for f in folders.values() if not os.path.isdir(f) or not os.access(f, os.W_OK)]
+    missing = [f for f in folders.values() if not os.path.isdir(f)]
+    closed = [f for f in folders.values() if f not in missing and not os.access(f, os.W_OK)]
+    problems = [*([f"not there: {', '.join(missing)}.\nMake them: llm-trainer init {shlex.quote(str(space.root))}"]
+                  if missing else []), *([f"you may not write to: {', '.join(closed)}"] if closed else [])]
     return {"root": str(space.root), **folders, "config": space.config, "device": space.device,
             "disk_free_bytes": shutil.disk_usage(space.root).free,
-            **({"problem": f"not there, or not writable: {', '.join(closed)}.\nMake them: llm-trainer init"}
-               if closed else {})}
+            **({"problem": "\n".join(problems)} if problems else {})}
 
 
 def _device(prefer: str) -> dict:

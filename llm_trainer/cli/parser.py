@@ -18,7 +18,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from llm_trainer.errors import LLMTrainerError, UsageError
-from llm_trainer.system.process import too_many_files
+from llm_trainer.system.process import no_memory, too_many_files
 from llm_trainer.terminal import clean
 
 MISSING = inspect.Parameter.empty
@@ -324,10 +324,11 @@ class FrontEnd:
             return 0
         except Exception as error:
             if os.environ.get("LLM_TRAINER_DEBUG"): raise
-            if advice := too_many_files(error): return self._complain(advice, 1)
+            if advice := too_many_files(error) or no_memory(error): return self._complain(advice, 1)
             if isinstance(error, OSError) and error.strerror:
                 where = f": {error.filename}" if error.filename else ""
                 return self._complain(f"{error.strerror}{where}", 1)
+            if str(error).startswith("Symlink loop from"): return self._complain(f"{error}.", 1)
             last = error.__traceback__
             while last.tb_next: last = last.tb_next
             place = f"{Path(last.tb_frame.f_code.co_filename).name}, line {last.tb_lineno}"

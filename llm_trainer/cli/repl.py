@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.cli.parser import convert, nearest
@@ -18,14 +22,30 @@ if TYPE_CHECKING:
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 
+LONGEST = 64 << 20  # bytes of a prompt, or of a file of prompts
+
+
 def read_text(path: str) -> str:
     "A file (`-`: standard input) as text, byte for byte; bytes that are no UTF-8 survive as lone surrogates"
-    if path == "-": return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    try: return home(path).read_bytes().decode("utf-8", "surrogateescape")
+    try:
+        with sys.stdin.buffer if path == "-" else _opened(home(path)) as file: data = file.read(LONGEST + 1)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise NotFoundError(f"The file {clean(path, '')!r} can't be read: {why}.\n"
                             "Check the path, or give the prompt itself: --prompt TEXT") from None
+    if len(data) > LONGEST: raise UsageError(f"{'Standard input' if path == '-' else clean(path, '')} has more than "
+                                             f"{LONGEST >> 20} MB; no prompt is that long.")
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _opened(path: Path) -> BinaryIO:
+    "The file `path`, open for reading; a named pipe once somebody writes into it, which is said if it takes long"
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode) and not select.select([fd], [], [], 1)[0]:
+        print(f"Waiting for somebody to write into {clean(path, '')}, a named pipe.", file=sys.stderr, flush=True)
+        select.select([fd], [], [])
+    os.set_blocking(fd, True)
+    return open(fd, "rb")
 
 
 def read_prompts(path: str) -> list[str]:

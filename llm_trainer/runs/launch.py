@@ -166,6 +166,8 @@ def own(run: Run, listen: bool = True):
     lock = locks.Lock(run.folder / "lock")
     try: mine = lock.acquire(wait=0.5)  # a viewer's probe takes no longer
     except FileNotFoundError: raise NotFoundError(f"Run {run.id} is gone.\nSee the runs: llm-trainer runs") from None
+    except PermissionError:
+        raise CheckpointError(f"{run.id} is not yours to change: permission denied for {lock.path}.") from None
     except OSError as e:
         raise CheckpointError(f"The lock of {run.id} can't be opened: {e.strerror}.\n"
                               f"Remove what lies at {lock.path} and try again.") from None
@@ -421,6 +423,8 @@ def stop(
     timeout: float | None = None,  # seconds to wait for the worker; None: as long as it takes
 ) -> State:
     "Asks the worker to save and end, and waits for it; gives the last status. Stopping what has ended changes nothing"
+    if locks.probe(run.folder / "lock") is None:
+        raise CheckpointError(f"Whether {run.id} is being trained can't be seen: permission denied for {run.folder}.")
     if _lives(run):
         if now: _end(run)
         elif run.request("stop"):

@@ -140,6 +140,13 @@ class Logged(Written):
                 return [log_line(line) for line in f.read().splitlines()[-n:]] if n else []
         except OSError: return []
 
+    def why_no_log(self) -> str | None:
+        "Why train.log can't be read; None where it can, or isn't there"
+        try: open_regular(self.folder / "train.log").close()
+        except FileNotFoundError: return None
+        except OSError as e: return (e.strerror or str(e)).lower()
+        return None
+
     def notes(self) -> str:
         "notes.txt, which is yours to write in"
         try:

@@ -22,7 +22,7 @@ from llm_trainer.events import Emit, Event, Finished, Note, Stopping, Waiting, s
 from llm_trainer.runs import ranks
 from llm_trainer.runs.launch import Queue
 from llm_trainer.system.files import FULL, write_whole
-from llm_trainer.system.process import too_many_files
+from llm_trainer.system.process import out_of_memory, too_many_files
 from llm_trainer.runs.run import Run
 from llm_trainer.runs.state import TERMINAL
 from llm_trainer.runs.writer import EVERY, RunWriter
@@ -193,13 +193,6 @@ def failure(e: BaseException, run: Run, writer: RunWriter) -> tuple[Finished, in
     code = "non_finite" if isinstance(e, FloatingPointError) else "error"
     what = f"{type(e).__name__}: {text[:500]}"
     return Finished("failed", code, f"{what}\nThe whole story: llm-trainer logs {run.id}"), 1
-
-
-def out_of_memory(e: BaseException) -> bool:
-    "Did memory run out: Python's, a GPU's, or that of torch's CPU allocator?"
-    words = "out of memory", "can't allocate memory", "cannot allocate memory"
-    said = isinstance(e, (RuntimeError, OSError)) and any(word in str(e).lower() for word in words)
-    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or said
 
 
 def _less_memory(run: Run, text: str) -> str:

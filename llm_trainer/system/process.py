@@ -84,6 +84,22 @@ def too_many_files(error: BaseException) -> str | None:
     return f"Too many open files: this process may have {limit:,} open. Raise the limit: ulimit -n {FILES}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    "Did memory run out: Python's, a GPU's, that of torch's CPU allocator, or the room to load a library?"
+    words = "out of memory", "can't allocate memory", "cannot allocate memory", "failed to map segment"
+    said = isinstance(error, RuntimeError | OSError | ImportError) and any(word in str(error).lower() for word in words)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
+
+
+def no_memory(error: BaseException) -> str | None:
+    "What helps when `error` says that memory ran out; None for any other"
+    if not out_of_memory(error): return None
+    import resource
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY: return "Memory ran out. End what else needs it, or use a smaller model."
+    return f"Memory ran out: this process may have {limit / 1e9:,.2g} GB of it. Lift the limit: ulimit -v unlimited"
+
+
 def identity(pid: int | None = None) -> dict[str, Any]:
     "What tells this process (or `pid`) from every other one, also after a reboot or in another container"
     pid = pid or os.getpid()

@@ -263,7 +263,8 @@ class SavedSteps(StepFolders):
         known = {}
         try: known = unsealed(self.folder / "index.json")["checkpoints"]
         except FileNotFoundError: pass
-        except (CheckpointError, OSError) as e: self.emit(Note(f"{e}; the validation losses and pins in it are lost."))
+        except OSError as e: self.emit(Note(f"{self.folder / 'index.json'} can't be read: {e.strerror}."))
+        except CheckpointError as e: self.emit(Note(f"{e}; the validation losses and pins in it are lost."))
         steps = self.steps()
         return index_of(steps, {step: {**known.get(str(step), {}), **self._unwritten.get(step, {})} for step in steps})
 

@@ -228,6 +228,7 @@ def report(ledger: Ledger) -> str:
             f"- {t.id}: " + ", ".join(f"{what} {n:,}" for what,
                                       n in sorted(here[t.id]["struck"].items(), key=lambda kv: -kv[1]))
             for t in all_trials if here[t.id]["struck"]],
+        "Modules that changed since their mutants were tried (T24)": [f"- `{name}`" for name in changed["changed"]],
         "Mutants that no test noticed (T24)": [
             f"- `{module}`, `{one['line']}`: {one['what']}" for module, one in changed["survived"]],
         "Mutants that no test could notice (T24)": [

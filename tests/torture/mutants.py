@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import difflib
 import hashlib
 import importlib
 import json
@@ -37,9 +38,9 @@ TESTS = ("test_system", "test_checkpoint", "test_runs", "test_shown", "test_fron
          "test_launch", "test_strangers", "test_tiny", "test_security", "test_ranks", "test_readers")
 RESULT, SAME = (Path(__file__).with_name(name) for name in ("mutants.json", "equivalent.toml"))
 TITLE = ("one operator, constant or statement changed in the modules of checkpoints, locks, states and the command "
-         "line: a test notices (`python -m tests.torture.mutants`; N are the changes tried, failures those that no test "
-         "noticed though one could have)")
-SLOW = 12.0  # seconds: longer tests kill no mutant
+         "line: a test notices (`python -m tests.torture.mutants`; N are the changes tried, failures those that no "
+         "test noticed though one could have)")
+SLOW = 10.0  # seconds: longer tests kill no mutant
 ENOUGH = 45.0  # seconds of tests for one mutant
 SWAPS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub,
@@ -126,7 +127,8 @@ if ROOM and os.path.exists(ROOM + "/trace"):
             with open(ROOM + "/now", "w") as f: f.write(item.nodeid)
             now()
         def pytest_runtest_logreport(self, report):
-            with open(ROOM + "/times", "a") as f: print(report.nodeid, report.duration, report.outcome, sep="\\t", file=f)
+            row = f"{{report.nodeid}}\\t{{report.duration}}\\t{{report.outcome}}\\n"
+            with open(ROOM + "/times", "a") as f: f.write(row)
         def pytest_sessionfinish(self):
             with open(ROOM + "/modules", "w") as f: f.write("\\n".join(sys.modules))
     sys.modules["mutants_plugin"] = Plugin()
@@ -136,11 +138,15 @@ if ROOM and os.path.exists(ROOM + "/trace"):
 class Reach:
     "Which tests reach a line, and how long they take"
 
-    def __init__(self, found: dict):
-        self.modules: list[str] = found["modules"]
-        self.seconds: dict[str, float] = found["seconds"]
-        self.lines: dict[str, dict[int, set[str]]] = {
-            module: {int(line): set(tests) for line, tests in lines.items()} for module, lines in found["lines"].items()}
+    def __init__(self, kept: dict, sources: dict[str, str]):
+        self.modules = sorted({name for of in kept["tests"].values() for name in of["modules"]})
+        self.seconds: dict[str, float] = {id: s for of in kept["tests"].values() for id, s in of["seconds"].items()}
+        self.lines: dict[str, dict[int, set[str]]] = {module: {} for module in MODULES}
+        for of in kept["tests"].values():
+            for module, lines in of["lines"].items():
+                moved = _moved(kept["sources"][of["sources"][module]], sources[module])
+                for line, tests in lines.items():
+                    self.lines[module].setdefault(moved[int(line)], set()).update(tests)
 
     def tests(self, mutant: Mutant, tree: ast.Module) -> list[str]:
         "The tests that reach a changed line; of what is computed at import, those that reach who uses it"
@@ -160,37 +166,54 @@ class Reach:
         return [test for test in tests if self.seconds.get(test, SLOW) < SLOW]
 
 
+def _moved(before: str, after: str) -> list[int]:
+    "For each line of a text that was changed, from 1 on, the line where it, or the one above it, is now"
+    old, new = before.splitlines(), after.splitlines()
+    found, at = [0], 1
+    for tag, i, j, k, l in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for n in range(i, j): found.append(at := k + 1 + (n - i if tag == "equal" else min(n - i, max(0, l - k - 1))))
+    return [*found, at]
+
+
 def reach(twin: Path, room: Path, say=print) -> Reach:
-    "Run every test once, with a look at the lines it reaches; kept for the next call"
-    kept = ROOT / ".mutants"
-    if kept.exists(): return Reach(json.loads(kept.read_text()))
+    "Run every test once, with a look at the lines it reaches; kept for as long as a module of tests stays as it is"
+    path = ROOT / ".mutants"
+    kept = json.loads(path.read_text()) if path.exists() else {"tests": {}, "sources": {}}
+    sources = {module: source_of(module, twin) for module in MODULES}
+    kept["sources"] |= {_hash(text): text for text in sources.values()}
+    for name in ("trace", "now"): (room / name).write_text("")
+    for test in TESTS:
+        about = _hash((twin / "tests" / f"{test}.py").read_text())
+        if kept["tests"].get(test, {}).get("about") == about: continue
+        begun = time.monotonic()
+        hashes = {module: _hash(text) for module, text in sources.items()}
+        kept["tests"][test] = of = {"about": about, "sources": hashes, **_traced(twin, room, test)}
+        path.write_text(json.dumps(kept))
+        say(f"{test}: looked at in {time.monotonic() - begun:.0f} s, {len(of['seconds'])} tests", flush=True)
+    (room / "trace").unlink()
+    return Reach(kept, sources)
+
+
+def _traced(twin: Path, room: Path, test: str) -> dict:
+    "What a module of tests reaches"
     files = {str(twin / "llm_trainer" / f"{module}.py"): module for module in MODULES}
     (twin / "sitecustomize.py").write_text(TRACER.format(files=files))
-    for name in ("trace", "now"): (room / name).write_text("")
-    seconds, lines, modules = Counter(), {module: {} for module in MODULES}, set()
-    for test in TESTS:
-        begun = time.monotonic()
-        for name in ("lines", "times", "modules"): (room / name).write_text("")
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "mutants_plugin", "-p", "no:cacheprovider",
-                        f"tests/{test}.py"], cwd=twin, env=_environment(twin, room), stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)
-        _sweep(room)
-        bad = set()
-        for row in (room / "times").read_text().splitlines():
-            id, took, outcome = row.split("\t")
-            seconds[id] += float(took)
-            if outcome != "passed": bad.add(id)
-        for row in (room / "lines").read_text().splitlines():
-            module, line, id = row.split("\t")
-            if id not in bad: lines[module].setdefault(int(line), set()).add(id)
-        if not seconds: sys.exit(f"{test} can't be run")
-        modules |= set((room / "modules").read_text().split())
-        say(f"{test}: looked at in {time.monotonic() - begun:.0f} s; not used: {len(bad)}", flush=True)
+    for name in ("lines", "times", "modules"): (room / name).write_text("")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "mutants_plugin", "-p", "no:cacheprovider",
+                    f"tests/{test}.py"], cwd=twin, env=_environment(twin, room), stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    _sweep(room)
     (twin / "sitecustomize.py").unlink()
-    (room / "trace").unlink()
-    kept.write_text(json.dumps({"seconds": seconds, "modules": sorted(modules), "lines": {
-        module: {line: sorted(tests) for line, tests in of.items()} for module, of in lines.items()}}))
-    return Reach(json.loads(kept.read_text()))
+    seconds, bad, lines = Counter(), set(), {module: {} for module in MODULES}
+    for row in (room / "times").read_text().splitlines():
+        id, took, outcome = row.split("\t")
+        seconds[id] += float(took)
+        if outcome != "passed": bad.add(id)
+    for row in (room / "lines").read_text().splitlines():
+        module, line, id = row.split("\t")
+        if id not in bad: lines[module].setdefault(line, []).append(id)
+    if not seconds: sys.exit(f"{test} can't be run")
+    return {"seconds": seconds, "lines": lines, "modules": (room / "modules").read_text().split()}
 
 
 # A copy of the checkout, and tests in it -----------------------------------------------------------------------------
@@ -273,15 +296,16 @@ def _imported(names: list[str]) -> None:
 def _hash(source: str) -> str: return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
-def source_of(module: str) -> str: return (ROOT / "llm_trainer" / f"{module}.py").read_text()
+def source_of(module: str, root: Path = ROOT) -> str: return (root / "llm_trainer" / f"{module}.py").read_text()
 
 
-def read() -> dict[str, dict]:
-    "What came of the mutants, by module: those of another source don't count"
+def read(sources: dict[str, str] | None = None) -> dict[str, dict]:
+    "What came of the mutants, by module; where the sources are given, those of another source don't count"
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    def none(source): return {"source": _hash(source), "mutants": 0, "tried": 0, "survived": []}
-    return {module: known[module] if known.get(module, {}).get("source") == _hash(source_of(module))
-            else none(source_of(module)) for module in MODULES}
+    def none(source): return {"source": source, "mutants": 0, "tried": 0, "survived": []}
+    ours = {module: _hash(sources[module]) if sources else known.get(module, {}).get("source") for module in MODULES}
+    return {module: known[module] if known.get(module, {}).get("source") == ours[module] and module in known
+            else none(ours[module]) for module in MODULES}
 
 
 def write(found: dict[str, dict]) -> None:
@@ -308,9 +332,11 @@ def summary() -> dict:
     "What the report says"
     found, excuses = read(), excused()
     told = [(module, s, why_same(module, s, excuses)) for module, of in found.items() for s in of["survived"]]
+    changed = [module for module, of in found.items() if of["source"] and of["source"] != _hash(source_of(module))]
     dates = [of["date"] for of in found.values() if of.get("date")]
     return {"mutants": sum(of["mutants"] for of in found.values()), "tried": sum(of["tried"] for of in found.values()),
             "seconds": sum(of.get("seconds", 0) for of in found.values()), "date": max(dates, default=""),
+            "changed": changed,
             "survived": [(module, s) for module, s, why in told if not why],
             "same": [(module, s, why) for module, s, why in told if why]}
 
@@ -324,7 +350,8 @@ class Room:
         self.room, self.twin = room, room / "checkout"
         copied(self.twin)
         self.reach, self.kills = reach(self.twin, room), Counter()
-        self.trees = {module: ast.parse(source_of(module)) for module in MODULES}
+        self.sources = {module: source_of(module, self.twin) for module in MODULES}
+        self.trees = {module: ast.parse(text) for module, text in self.sources.items()}
         _imported(self.reach.modules)
 
     def tests(self, mutant: Mutant) -> list[str]:
@@ -355,15 +382,15 @@ class Room:
         return None
 
 
-def survivor(mutant: Mutant) -> dict:
-    text = source_of(mutant.module).splitlines()[mutant.line - 1].strip() if mutant.line else ""
+def survivor(mutant: Mutant, source: str) -> dict:
+    text = source.splitlines()[mutant.line - 1].strip() if mutant.line else ""
     return {"at": f"{mutant.line}:{mutant.column}", "what": mutant.what, "line": text}
 
 
 def spend(room: Room, modules: list[str], end: float, say=print) -> None:
     "Try mutants of each module in turn until the time is over or there is none left"
-    found = read()
-    todo = {module: mutants(module, source_of(module)) for module in modules}
+    found = read(room.sources)
+    todo = {module: mutants(module, room.sources[module]) for module in modules}
     for module in modules: found[module]["mutants"] = len(todo[module])
     while time.monotonic() < end:
         left = [m for m in modules if found[m]["tried"] < len(todo[m])]
@@ -372,7 +399,7 @@ def spend(room: Room, modules: list[str], end: float, say=print) -> None:
         of, begun = found[module], time.monotonic()
         mutant = todo[module][of["tried"]]
         killer = room.killer(mutant)
-        if not killer: of["survived"].append(survivor(mutant))
+        if not killer: of["survived"].append(survivor(mutant, room.sources[module]))
         of.update(tried=of["tried"] + 1, date=datetime.now(UTC).date().isoformat(),
                   seconds=round(of.get("seconds", 0) + time.monotonic() - begun, 1))
         write(found)
@@ -382,9 +409,9 @@ def spend(room: Room, modules: list[str], end: float, say=print) -> None:
 
 def again(room: Room, modules: list[str], say=print) -> None:
     "Try the survivors that have no excuse once more, on the tests as they are now"
-    found, excuses = read(), excused()
+    found, excuses = read(room.sources), excused()
     for module in modules:
-        there = {(f"{m.line}:{m.column}", m.what): m for m in mutants(module, source_of(module))}
+        there = {(f"{m.line}:{m.column}", m.what): m for m in mutants(module, room.sources[module])}
         for one in list(found[module]["survived"]):
             if why_same(module, one, excuses): continue
             killer = room.killer(there[one["at"], one["what"]])

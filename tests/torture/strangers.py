@@ -20,6 +20,7 @@ from llm_trainer.config import load_config
 from llm_trainer.errors import LLMTrainerError
 from llm_trainer.runs import launch
 from llm_trainer.runs.run import create_run, find_run, list_runs
+from llm_trainer.runs.worker import STOPS
 
 from .battery import ROOT, cases, kept_folder, struck, trial
 
@@ -87,12 +88,12 @@ def _train(space: Path, *words: str, before=(), **how) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=space, env=env, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
                                                           "stderr": subprocess.DEVNULL, "start_new_session": True,
-                                                          "preexec_fn": _hears_hangups, **how})
+                                                          "preexec_fn": _hears_signals, **how})
 
 
-def _hears_hangups() -> None:
-    "For a child: as in a terminal, also where the battery runs under nohup"
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _hears_signals() -> None:
+    "For a child: as in a terminal, also where the battery runs under nohup or in the background of a script"
+    for signum in STOPS: signal.signal(signum, signal.SIG_DFL)
 
 
 def _until(condition, seconds: float = 120):
