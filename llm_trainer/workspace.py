@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def open_workspace(root: Path) -> Workspace:
     "The workspace whose settings.ini lies in `root`"
     s = _settings(root)
     if s is None: raise NotFoundError(f"{root} is no workspace: it has no settings.ini with a section "
-                                      f"[llm_trainer].\nMake one: llm-trainer init {root}")
+                                      f"[llm_trainer].\nMake one: llm-trainer init {shlex.quote(str(root))}")
     def folder(key): return (root / home(s.get(key, key) or key)).resolve()
     return Workspace(root, folder("data"), folder("checkpoints"), folder("runs"), folder("configs"),
                      s.get("config", "default"), s.get("device", "auto"))

@@ -117,8 +117,8 @@ def init(
     """
     space = workspace.init(folder)
     if json: return print(render.as_json({"root": str(space.root)}))
-    render.say(f"Workspace ready: {space.root}", "Next:", f"  cd {shlex.quote(str(space.root))}", "  llm-trainer doctor",
-             "  llm-trainer train --config quickstart")
+    render.say(f"Workspace ready: {space.root}", "Next:", f"  cd {shlex.quote(str(space.root))}",
+               "  llm-trainer doctor", "  llm-trainer train --config quickstart")
 
 
 def doctor(
@@ -546,8 +546,8 @@ def log_to(
     sinks = loggers.named(names)
     read = loggers.log_to(found := _run(run), sinks, project, once)
     sent = f"{read['metrics']:,} rows of metrics, {read['samples']:,} samples"
-    render.say(f"Sent {found.id} to {', '.join(sinks)}: {sent}.",
-               *([f"See them: tensorboard --logdir {shlex.quote(str(found.folder.parent))}"] if "tensorboard" in sinks else []))
+    board = f"See them: tensorboard --logdir {shlex.quote(str(found.folder.parent))}"
+    render.say(f"Sent {found.id} to {', '.join(sinks)}: {sent}.", *[board] * ("tensorboard" in sinks))
 
 
 def watch(
