@@ -15,6 +15,7 @@ from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, unti
 
 from llm_trainer import workspace
 from llm_trainer.cli import commands
+from llm_trainer.errors import BusyError, UsageError
 from llm_trainer.runs import launch, worker
 from llm_trainer.runs.run import Run, create_run, find_run
 from llm_trainer.runs.writer import RunWriter
@@ -202,6 +203,27 @@ def test_a_moved_workspace_takes_its_run_along(space):  # noqa: F811
     assert process.wait() == 1 and not space.root.exists()
     state = find_run(workspace.open_workspace(there).runs, run.id).status()
     assert (state.status, state.reason["code"]) == ("failed", "moved") and str(there) in state.reason["message"]
+
+
+def test_a_run_that_got_another_name_is_not_begun_again(space):  # noqa: F811
+    "Its checkpoints go by the old one"
+    run, process = stand_in(space, "training", 1)
+    (space.runs / run.id).rename(space.runs / "other")
+    assert process.wait() == 1
+    moved = find_run(space.runs, "other")
+    advice = f"mv {space.runs / 'other'} {space.runs / run.id}\nThen: llm-trainer resume {run.id}"
+    assert moved.status().reason["code"] == "moved" and advice in moved.status().reason["message"]
+    with pytest.raises(UsageError) as refused: launch.plan_resume(moved, space)
+    assert advice in str(refused.value)
+
+
+def test_a_run_whose_lock_is_removed_goes_on_and_keeps_others_out(space):  # noqa: F811
+    run, process = stand_in(space, "training", 10**6)
+    (run.folder / "lock").unlink()
+    until(lambda: run.locked)
+    with pytest.raises(BusyError): launch.resume(run, space)
+    assert launch.stop(run).status == "stopped" and process.wait() == 0 and run.state().checkpoint_step == 1
+    assert not run.locked
 
 
 def test_checkpoints_go_where_their_folder_went(tmp_path):

@@ -4,6 +4,7 @@ Knows run folders, locks and configs; loads no torch, so that a background run i
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from llm_trainer.events import Emit, print_notes, silent
 from llm_trainer.system.files import CREATE, FULL, remove, sync_folder, write_whole
 from llm_trainer.terminal import duration
 from llm_trainer.runs.queue import Queue, choose_devices, kind_of
-from llm_trainer.runs.run import Run, check_id, create_run, is_run, sweep
+from llm_trainer.runs.run import RUN_ID, Run, check_id, create_run, is_run, sweep
 from llm_trainer.runs.state import GONE, HEARD, TERMINAL, State, is_elsewhere, unheard
 from llm_trainer.workspace import Workspace
 
@@ -275,6 +276,9 @@ def plan_resume(
     if not run.meta.get("config"):
         raise CheckpointError(f"{run.folder / 'meta.json'} can't be read, and with it the settings of {run.id}.\n"
                               f"Train on from its weights: llm-trainer train --init-from {run.id}")
+    name = run.meta.get("run_id")
+    if name != run.id and isinstance(name, str) and RUN_ID.fullmatch(name):
+        raise UsageError(f"The folder {run.folder} is that of the run {name}. {renamed(run, name)}")
     state, steps = run.status(), saved_steps(space.checkpoints / run.id)
     if state.status == "unknown": raise CheckpointError(f"Nothing can be said of {run.id}: {state.reason['message']}.")
     step = _choose(run, space, steps, checkpoint)
@@ -307,6 +311,13 @@ def plan_resume(
     last = _last_devices(run)
     taken = [] if plan.nothing_to_do else take_devices(devices, _after(run, plan), space.runs, last)
     return replace(plan, devices=taken, devices_before=len(last or [None]))
+
+
+def renamed(run: Run, name: str) -> str:
+    "What to do about a run whose folder got another name than its checkpoints have"
+    home = run.folder.with_name(name)
+    return (f"Its checkpoints are those of {name}; give it back that name: mv {shlex.quote(str(run.folder))} "
+            f"{shlex.quote(str(home))}\nThen: llm-trainer resume {name}")
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ from llm_trainer.system import failpoints, locks, process
 from llm_trainer.errors import BusyError, LLMTrainerError, UsageError
 from llm_trainer.events import Emit, Event, Finished, Note, Stopping, Waiting, silent
 from llm_trainer.runs import ranks
-from llm_trainer.runs.launch import Queue
+from llm_trainer.runs.launch import Queue, renamed
 from llm_trainer.system.files import FULL, write_whole
 from llm_trainer.system.process import out_of_memory, too_many_files
 from llm_trainer.runs.run import Run
@@ -228,6 +228,7 @@ class Watch:
         global _watching
         self._read, self._write = os.pipe()
         for fd in (self._read, self._write): os.set_blocking(fd, False)
+        self._home = os.open(self.writer.run.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             ours = [n for n in STOPS if n in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(n) == signal.SIG_DFL]
@@ -244,7 +245,7 @@ class Watch:
         self._thread.join()
         if self._handlers: signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._handlers.items(): signal.signal(signum, handler)
-        for fd in (self._read, self._write): os.close(fd)
+        for fd in (self._read, self._write, self._home): os.close(fd)
         _watching = False
 
     def _run(self) -> None:
@@ -294,15 +295,28 @@ class Watch:
             return
         self._strayed += 1
         if self._strayed < 2: return  # not in the middle of a move
+        if self._locked_again(): return
         before, run = self.writer.run.folder, self.writer.run
         if not self.writer.follow_folder():
             print(f"The folder of {run.id} was deleted while it trained ({before}); it ended.", file=sys.stderr)
             leave(1)
         self.moved = (f"The folder of this run went from {before} to {run.folder} while it trained. It was ended "
-                      f"there.\n"
-                      f"Go on from where it is now: llm-trainer resume {run.id}")
+                      f"there.\n" + (f"Go on from where it is now: llm-trainer resume {run.id}" if run.id == before.name
+                                     else renamed(run, before.name)))
         self.writer.signals.add("stop")
         self._stop("its folder was moved", 1)
+
+    def _locked_again(self) -> bool:
+        "Whether only the file of the lock was removed, perhaps to free the run, and is there again, locked by this one"
+        lock, folder = self.writer.lock, self.writer.run.folder
+        try:
+            if not os.path.samestat(os.fstat(self._home), os.stat(folder)): return False
+            with locks.Lock(lock.path) as fresh:
+                if not fresh.acquire(): return False
+                os.dup2(fresh.fileno(), lock.fileno(), inheritable=False)
+        except OSError: return False
+        self.writer.say("The file of this run's lock was removed while it trained; it is there again.")
+        return True
 
     def _stop(self, reason: str, exit_code: int) -> None:
         if self._stopping: return

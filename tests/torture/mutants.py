@@ -11,6 +11,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import gc
 import hashlib
 import importlib
 import json
@@ -40,8 +41,8 @@ RESULT, SAME = (Path(__file__).with_name(name) for name in ("mutants.json", "equ
 TITLE = ("one operator, constant or statement changed in the modules of checkpoints, locks, states and the command "
          "line: a test notices (`python -m tests.torture.mutants`; N are the changes tried, failures those that no "
          "test noticed though one could have)")
-SLOW = 10.0  # seconds: longer tests kill no mutant
-ENOUGH = 45.0  # seconds of tests for one mutant
+SLOW = 6.0  # seconds: longer tests kill no mutant
+ENOUGH = 25.0  # seconds of tests for one mutant
 SWAPS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub,
          ast.Sub: ast.Add, ast.And: ast.Or, ast.Or: ast.And}
@@ -243,12 +244,16 @@ def _sweep(room: Path) -> None:
 
 
 class Verdict:
-    "Writes down the first test that fails; a plugin of pytest"
+    "Ends the process at the first test that fails, whose name it leaves; a plugin of pytest"
 
     def __init__(self, path: Path): self.path = path
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and not self.path.exists(): self.path.write_text(report.nodeid)
+        if not report.failed: return
+        self.path.write_text(report.nodeid)
+        os._exit(1)
+
+    def pytest_sessionfinish(self, exitstatus): os._exit(int(exitstatus))
 
 
 def notices(twin: Path, room: Path, tests: list[str], limit: float) -> str | None:
@@ -267,8 +272,8 @@ def notices(twin: Path, room: Path, tests: list[str], limit: float) -> str | Non
             for fd in (0, 1, 2): os.dup2(null, fd)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 30, resource.RLIM_INFINITY))
             import pytest
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={room / 'base'}", *tests],
-                               plugins=[Verdict(verdict)])
+            flags = ["-q", "-p", "no:cacheprovider", "--assert=plain", f"--basetemp={room / 'base'}"]
+            code = pytest.main([*flags, *tests], plugins=[Verdict(verdict)])
         finally: os._exit(int(code))
     end = time.monotonic() + limit
     while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < end: time.sleep(0.01)
@@ -286,9 +291,10 @@ def _imported(names: list[str]) -> None:
     "Import what tests import of others, so that a forked child needn't"
     ours = ("llm_trainer", "tests", "torture", "conftest", "warm", "world", "test_", "tui_world", "hearing", "llama",
             "hub_server", "mutants", "sitecustomize", "__")
-    for name in names:
+    for name in (*names, "hypothesis"):
         if name.startswith(ours) or name in sys.modules: continue
         with contextlib.suppress(BaseException): importlib.import_module(name)
+    gc.freeze()
 
 
 # The result ----------------------------------------------------------------------------------------------------------
