@@ -186,7 +186,9 @@ def _child(request: dict) -> None:
     os.dup2(null, 0), os.dup2(log, 1), os.dup2(log, 2)
     os.closerange(3, 64)
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    from llm_trainer.runs.worker import STOPS
+    for signum in (signal.SIGCHLD, *STOPS): signal.signal(signum, signal.SIG_DFL)  # as in a terminal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 70
     try:
         _misfortune(**request["how"])

@@ -22,7 +22,9 @@ from llm_trainer.runs import launch
 from llm_trainer.runs.run import create_run, find_run, list_runs
 from llm_trainer.runs.worker import STOPS
 
+from . import lives
 from .battery import ROOT, cases, kept_folder, struck, trial
+from .forks import server
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _kept: dict[str, Path] = {}
@@ -117,25 +119,37 @@ def _fresh():
                 child.wait()
 
 
+GROUND = ("move workspace", "delete run", "move run", "delete workspace", "rename run", "remove lock",
+          "delete checkpoints", "move checkpoints", "delete data")
+
+
 @trial("T27", goal=200, slice=1, chunk=4)
 @cases
 def the_ground_moves(case: int) -> str | None:
-    """Workspace or run folder moved or deleted under a live run: it ends as failed: moved in its new place with a
-    checkpoint, or with a word on stderr where it was deleted, and makes no folder above its own"""
+    """Workspace or run folder moved, renamed or deleted under a live run: it ends as failed: moved in its new place
+    with a checkpoint, or with a word on stderr where it was deleted, and makes no folder above its own. Without its
+    lock's file, its data or its folder of checkpoints it goes on, saves where that went, or says that it is gone"""
     rng = random.Random(f"ground {case}")
-    kind = ["move workspace", "delete run", "move run", "delete workspace"][case % 4]
+    kind = GROUND[case % len(GROUND)]
     with _fresh() as (root, started), tempfile.TemporaryFile() as said:
         started.append(child := _train(root, stderr=said))
         run = find_run(root / "runs", "one") if _until(lambda: (root / "runs/one").exists()) else None
         _until(lambda: run.state().step >= rng.choice([1, 3, 20]) or child.poll() is not None)
         there = root.with_name("there")
         struck(kind)
-        if kind == "move workspace": root.rename(there)
-        elif kind == "move run":
-            there.mkdir()
-            (root / "runs/one").rename(there / "one")
-        elif kind == "delete run": shutil.rmtree(root / "runs/one")
-        else: shutil.rmtree(root, ignore_errors=True)
+        match kind:
+            case "move workspace": root.rename(there)
+            case "move run":
+                there.mkdir()
+                (root / "runs/one").rename(there / "one")
+            case "rename run": (root / "runs/one").rename(root / "runs/other")
+            case "delete run": shutil.rmtree(root / "runs/one")
+            case "delete workspace": shutil.rmtree(root, ignore_errors=True)
+            case "remove lock": (root / "runs/one/lock").unlink()
+            case "delete checkpoints": shutil.rmtree(root / "checkpoints", ignore_errors=True)
+            case "move checkpoints": (root / "checkpoints").rename(root / "there")
+            case "delete data": shutil.rmtree(root / "data")
+        if kind in GROUND[5:]: return _goes_on(kind, root, child, run)
         code = child.wait(30)
         said.seek(0)
         words = said.read().decode()
@@ -146,10 +160,29 @@ def the_ground_moves(case: int) -> str | None:
                 return f"{kind}: made again"
             return None
         if kind == "move workspace" and root.exists(): return "the old workspace was made again"
-        found = find_run(there / "runs" if kind == "move workspace" else there, "one").status()
+        home, name = {"move workspace": (there / "runs", "one"), "move run": (there, "one"),
+                      "rename run": (root / "runs", "other")}[kind]
+        found = find_run(home, name).status()
         kept = list(((there if kind == "move workspace" else root) / "checkpoints/one").glob("step-*"))
         ended = found.status, (found.reason or {}).get("code")
         if ended != ("failed", "moved") or not kept: return f"{kind}: {found.status} {found.reason} {kept}"
+
+
+def _goes_on(kind: str, root: Path, child: subprocess.Popen, run) -> str | None:
+    "What became of a run that lost something it can do without, and was then asked to stop"
+    before = run.state().step
+    _until(lambda: run.state().step > before + 5 or child.poll() is not None)
+    if child.poll() is not None: return f"{kind}: it ended, exit code {child.returncode}"
+    if not _until(lambda: run.locked, 30): return f"{kind}: anybody could train it, too"
+    child.send_signal(signal.SIGTERM)
+    code, state = child.wait(60), run.status()
+    if kind == "delete checkpoints":
+        if code != 1 or "is gone" not in (state.reason or {}).get("message", "") or (root / "checkpoints").exists():
+            return f"{kind}: exit code {code}, {state.status} {state.reason}"
+        return None
+    home = root / ("there" if kind == "move checkpoints" else "checkpoints")
+    if code != 143 or state.status != "stopped" or not list((home / "one").glob(f"step-*{state.step}")):
+        return f"{kind}: exit code {code}, {state.status} {state.reason}"
 
 
 VIEWERS = ("closed", "reader left", "nobody reads", "full disk", "all closed", "half read")
@@ -191,8 +224,10 @@ SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal
 @cases
 def other_signals(case: int) -> str | None:
     """HUP, QUIT, USR1, USR2, XCPU, ALRM to a run in the foreground or the background (HUP only to the foreground), at a
-    random moment from its birth on: a checkpoint or nothing to save, stopped, exit code 128 + signal, resumable"""
-    rng, signum, behind = random.Random(f"signal {case}"), SIGNALS[case % 6], case // 6 % 2
+    random moment from its birth on, or as it prepares, trains, evaluates, samples or saves: a checkpoint or nothing to
+    save, stopped, exit code 128 + signal, resumable"""
+    rng, signum, behind = random.Random(f"signal {case}"), SIGNALS[case % 6], case // 6 % 3
+    if behind == 2: return _as_a_phase_begins(rng, signum)
     with _fresh() as (root, started):
         space = workspace.open_workspace(root)
         if behind:
@@ -216,6 +251,20 @@ def other_signals(case: int) -> str | None:
             return f"{signum.name}: exit code {started[0].returncode}"
         if state.status != "stopped" or (state.step and state.checkpoint_step != state.step):
             return f"{signum.name} at {at}: {state.status} {state.reason}"
+
+
+def _as_a_phase_begins(rng: random.Random, signum: signal.Signals) -> str | None:
+    "The signal at the beginning of a phase, then a resume to the end, which equals an untouched run"
+    phase = rng.choice(lives.PHASES)
+    at = {"phase": phase, "signals": [int(signum)], "nth": 1}
+    with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
+        home = lives.new_home(tmp, prepared=phase not in ("downloading", "tokenizing"))
+        child = server().start(["train", "--config", "torture", "--name", lives.RUN], home, at_phase=at)
+        code, state = child.wait(), lives.run_of(home).status()
+        struck(f"{signum.name} while {phase}")
+        if code != 128 + signum or state.status != "stopped" or state.step and state.checkpoint_step != state.step:
+            return f"{signum.name} while {phase}: exit code {code}, {state.status} {state.reason}: {child.tail()}"
+        if problem := lives.finish(home): return f"{signum.name} while {phase}: {problem}"
 
 
 # T30 -----------------------------------------------------------------------------------------------------------------
