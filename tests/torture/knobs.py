@@ -48,12 +48,11 @@ def draw_knobs(rng: random.Random) -> dict:
     return {name: rng.choice(EXTREMES[name]) for name in named}
 
 
-def oracle(scores: np.ndarray, knobs: dict, prompt: list[int], written: list[int]) -> np.ndarray | None:
-    """The probabilities of the next token in float64, one rule after the other as their papers and Hugging Face have
-    them; None where a choice depends on the last bits"""
+def penalized(scores: np.ndarray, knobs: dict, prompt: list[int], written: list[int]) -> np.ndarray:
+    "The scores after what looks back, in float64"
     def get(name, off): return knobs.get(name, off)
-    x, seen = scores.astype(np.float64), sorted({*prompt, *written})
     def big(value): return max(-1e30, min(1e30, value))
+    x, seen = scores.astype(np.float64), sorted({*prompt, *written})
     if (r := get("repetition_penalty", 1)) != 1:
         r = max(1e-30, big(r))
         for t in seen: x[t] = big(x[t] * r if x[t] < 0 else x[t] / r)
@@ -64,6 +63,43 @@ def oracle(scores: np.ndarray, knobs: dict, prompt: list[int], written: list[int
         tail = history[len(history) - n + 1:]
         for i in range(len(history) - n + 1):
             if history[i:i + n - 1] == tail: x[history[i + n - 1]] = -math.inf
+    return x
+
+
+def beams_oracle(score, knobs: dict, prompt: list[int], n: int, most: int, ends: bool) -> tuple[list[int], str] | None:
+    """The text of beam search and how it ends: at each step the 2n best continuations of n texts; those of the first n
+    that end are done, the first n others go on. None where a choice depends on the last bits"""
+    texts, done, why = [(0.0, [])], [], "length"
+    for i in range(most):
+        found = []
+        for total, text in texts:
+            x = score(text)
+            x = penalized(x - x.max() - math.log(np.exp(x - x.max()).sum()), knobs, prompt, text)
+            found += [(total + cost, [*text, token]) for token, cost in enumerate(x.tolist()) if cost > -math.inf]
+        found.sort(key=lambda one: -one[0])
+        if any(abs(total) > 1e4 for total, _ in found): return None
+        if any(a[0] - b[0] < 1e-4 for a, b in zip(found[:2 * n], found[1:])): return None
+        if not found:
+            why = "eot"
+            break
+        found = found[:2 * n]
+        done += [(total / (i + 1), text[:-1], "eot") for total, text in found[:n] if ends and text[-1] == 64]
+        texts = [one for one in found if not (ends and one[1][-1] == 64)][:n]
+        if not texts: return None
+        done = sorted(done)[-n:]
+        gap = done[0][0] - texts[0][0] / (i + 1) if len(done) == n else -1.0
+        if abs(gap) < 1e-4: return None
+        if i + 1 == most or gap > 0: break
+    done = sorted([*done, (texts[0][0] / max(1, len(texts[0][1])), texts[0][1], why)])
+    if len(done) > 1 and done[-1][0] - done[-2][0] < 1e-4: return None
+    return done[-1][1:]
+
+
+def oracle(scores: np.ndarray, knobs: dict, prompt: list[int], written: list[int]) -> np.ndarray | None:
+    """The probabilities of the next token in float64, one rule after the other as their papers and Hugging Face have
+    them; None where a choice depends on the last bits"""
+    def get(name, off): return knobs.get(name, off)
+    x = penalized(scores, knobs, prompt, written)
     if np.all(x == -math.inf): return np.zeros_like(x)
     order = np.sort(x)
     def close(a, b): return abs(a - b) <= 1e-4 * max(1, abs(a), abs(b)) and a != b
@@ -129,12 +165,16 @@ def knobs_at_their_edges(case: int) -> str | None:
         return f"{knobs}: ended by {last.finish}"
     if "".join(piece.text for piece in told) != b"".join(map(tokenizer.token_bytes, tokens)).decode():
         return f"{knobs}: text was lost"
-    if beams > 1: return struck("beams")
+    def score(written):
+        with torch.inference_mode(): return net(torch.tensor([ids + written]))[0][0, -1].double().numpy()
+    if beams > 1:
+        wanted = beams_oracle(score, knobs, ids, beams, most, not sampling.ignore_eot)
+        struck("beams: " + ("as the oracle" if wanted else "too close to say"))
+        return wanted and wanted != (tokens, last.finish) and f"{knobs}: {beams} beams: {tokens}, not {wanted}" or None
     numbers = uniforms([sampling.seed], most)[:, 0].double().numpy()
     for i, token in enumerate([*tokens, None][:most]):
         if len(ids) + i > 32: return struck("beyond the context")
-        with torch.inference_mode(): scores = net(torch.tensor([ids + tokens[:i]]))[0][0, -1].double().numpy()
-        p = oracle(scores, knobs, ids, tokens[:i])
+        p = oracle(score(tokens[:i]), knobs, ids, tokens[:i])
         if p is None:
             struck("too close to say")
             continue
