@@ -269,6 +269,27 @@ NAMED_AS = {"rope_scaling": "rope_parameters", "partial_rotary_factor": "rope_pa
             "use_sliding_window": "layer_types", "original_max_position_embeddings": "rope_parameters"}
 
 
+def older(folder):
+    "The same folder as it was written before there was a tokenizer.json"
+    tree = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(tree["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, tree["merges"])]) + "\n")
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def test_a_vocabulary_of_an_older_form_is_refused_with_the_line_that_writes_it_anew(tmp_path):
+    before = chat_folder(tmp_path / "before", "gpt2")
+    shutil.copytree(before, tmp_path / "old one")
+    with pytest.raises(UsageError, match="as older programs wrote it") as refused:
+        Tokenizer.load(older(tmp_path / "old one"))
+    line = shlex.split(str(refused.value).splitlines()[-1])
+    ran = subprocess.run([sys.executable, *line[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert Tokenizer.load(tmp_path / line[-1]).encode(TEXT) == Tokenizer.load(before).encode(TEXT)
+    assert difference(tmp_path / line[-1], AutoModelForCausalLM.from_pretrained(before).eval()) < 1e-4
+
+
 # ---- tokens: a conversation reads the same before and after
 
 CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
@@ -478,6 +499,8 @@ def test_a_chat_model_of_the_hub_is_trained_and_still_chats(space, tmp_path):
     ("someone/nothing", None, 3, "no model someone/nothing on the hub"),
     ("someone/pickled", None, 2, "from_pretrained(sys.argv[1])"),
     ("someone/empty", None, 3, "has no model.safetensors"),
+    ("someone/older", None, 2, "someone/older has no tokenizer.json, but its vocabulary as older programs wrote it"),
+    ("someone/wordless", None, 3, "has no tokenizer.json.\nName a model that has one"),
     ("someone/chatty@nope", None, 3, "no revision nope"), ("./someone/chatty", None, 3, "does not exist"),
     ("someone/chatty", "gated", 1, "requires an agreement or a login"),
     ("someone/chatty", "401", 1, "requires an agreement or a login"),
@@ -494,6 +517,9 @@ def test_a_name_that_gives_no_model_leaves_nothing(tmp_path, name, fault, code, 
         (empty := tmp_path / "empty").mkdir()
         (empty / "README.md").write_text("Nothing yet")
         hub.add_model("someone/empty", empty)
+        hub.add_model("someone/older", older(chat_folder(tmp_path / "older", "gpt2")))
+        wordless = {k: v for k, v in hub.models["someone/older"].items() if k not in ("merges.txt", "vocab.json")}
+        hub.models["someone/wordless"] = wordless
         there, hub.fault = sorted(space.root.rglob("*")), fault
         where = dict(HF_ENDPOINT="http://127.0.0.1:1" if fault == "gone" else hub.url, HF_HOME=str(tmp_path / "home"))
         ran = program(space, "train", *TINY, "--init-from", name, **where)

@@ -449,6 +449,9 @@ def test_token_files_are_refused_with_a_way_that_works(tmp_path):
         command = str(e.value).split(":\n", 1)[1].replace("python -c", f"{sys.executable} -c", 1)
         subprocess.run(command, shell=True, cwd=tmp_path, check=True)
         assert [row["text"] for _, row in rows_of(tmp_path / f"{name}.jsonl")] == ["the way there", "and back"]
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "train.bin").write_bytes((tmp_path / "nano.bin").read_bytes())
+    with pytest.raises(DataError, match="train.bin holds token numbers"): first_look(wish(tmp_path / "nano"), tmp_path)
 
 
 def test_tokenizers_of_other_programs_are_refused_with_the_way(tmp_path):

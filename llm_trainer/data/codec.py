@@ -19,6 +19,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from .pretrained import OLDER, no_tokenizer
 from .tables import valid
 from ..errors import NotFoundError, UsageError
 
@@ -79,6 +80,8 @@ def read_text(
     "A file's text, if it is of a size to be a tokenizer's"
     near = [file, *(file.with_name(name) for name in ("tokenizer.model", "spiece.model", "vocab.tiktoken"))]
     if error := next(filter(None, map(_foreign, near if not file.is_file() else near[:1])), None): raise error
+    if file.name == "tokenizer.json" and not file.is_file() and file.with_name(OLDER).is_file():
+        raise no_tokenizer(str(file.parent), [OLDER], file.with_name("config.json").is_file())
     if not file.is_file(): raise NotFoundError(
         f"There is no tokenizer at {file}.\nGive a folder with a tokenizer.json, or one of {', '.join(KINDS)}.")
     if file.stat().st_size > _LARGEST:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .cache import prepared
@@ -21,8 +22,8 @@ from ..system.files import read_json
 from ..terminal import size
 
 # %% auto #0
-__all__ = ['NAME', 'DESCRIPTION', 'TEMPLATES', 'PICKLES', 'is_hub_name', 'pinned', 'hub_folder', 'pickled', 'fetch_model',
-           'model_folder']
+__all__ = ['NAME', 'DESCRIPTION', 'TEMPLATES', 'PICKLES', 'OLDER', 'is_hub_name', 'pinned', 'hub_folder', 'pickled',
+           'no_tokenizer', 'fetch_model', 'model_folder']
 
 # %% ../../nbs/02e_pretrained.ipynb #4ca1ab60
 NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,100}))?")
@@ -63,9 +64,30 @@ def pickled(
 )->str:
     "What to do with weights that are pickles, which can run any code when they are opened"
     return (f"The weights of {source} are pickles (.bin, .pt), which can run any code, so they are not opened.\n"
-            "If you trust where they come from, convert them once:\n"
-            "python -c 'import sys, transformers as t; [c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) "
-            f"for c in (t.AutoModelForCausalLM, t.AutoTokenizer)]' {source} ./{target}-safetensors")
+            f"If you trust where they come from, convert them once:\n{_convert(source, f'{target}-safetensors')}")
+
+
+def _convert(source:str, target:str, classes:str="t.AutoModelForCausalLM, t.AutoTokenizer") -> str:
+    "The command that reads a folder, or a name of the hub, with Transformers, and writes it as it does today"
+    return ("python -c 'import sys, transformers as t; [c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) "
+            f"for c in ({classes},)]' {shlex.quote(source)} {shlex.quote(f'./{target}')}")
+
+
+OLDER = "merges.txt"  # half of a byte-level vocabulary of before tokenizer.json
+
+
+def no_tokenizer(
+    source:str, # The folder or the name on the hub
+    there:Iterable[str], # Names of its files
+    weights:bool=False # Whether the model is wanted, too
+)->Exception:
+    "The refusal of a model without tokenizer.json, with the way where it has a vocabulary of an older form"
+    name = Path(source).name
+    if OLDER not in there: return NotFoundError(f"{source} has no tokenizer.json.\nName a model that has one, or train a "
+                                           "tokenizer on your text: --tokenizer bpe")
+    both = () if weights else ("t.AutoTokenizer",)
+    return UsageError(f"{source} has no tokenizer.json, but its vocabulary as older programs wrote it ({OLDER}).\n"
+                      f"Write it anew, and give that folder:\n{_convert(source, f'{name}-new', *both)}")
 
 # %% ../../nbs/02e_pretrained.ipynb #be619803
 def fetch_model(
@@ -112,6 +134,7 @@ def _wanted(repo:str, there:dict[str, int], weights:bool) -> Iterator[tuple[str,
     if weights and not any(f.endswith(".safetensors") for f in tensors):
         if any(f.endswith(PICKLES) for f in there): raise UsageError(pickled(repo, repo.partition("/")[2]))
         raise NotFoundError(f"{repo} has no model.safetensors, so there is nothing to begin with.")
+    if "tokenizer.json" not in there: raise no_tokenizer(repo, there, weights)
     named = sorted(f for f in there if re.fullmatch(TEMPLATES + r"/[\w-]{1,100}\.jinja", f))[:100]
     for file in [*DESCRIPTION, *named, *(tensors if weights else ())]:
         if file in there: yield file, there[file]

@@ -393,13 +393,15 @@ def find_files(
         if found == NULS: raise has_nul(path)
         if found != "text": raise not_utf8([(path, found)])
         return [path]
-    files, other = [], []
+    files, other, numbers = [], [], None
     for file in _inside(path, left_out):
         found = _found(file)
+        if found == "binary" and not files: numbers = numbers or token_file(file, head_of(file))
         if found == "text": files.append(file)
         elif found in ("binary", NULS): left_out[reason(file, found)] += 1
         else: other.append((file, found))
     if other: raise not_utf8(sorted(other), inside=True)
+    if not files and numbers: raise numbers
     if not files: raise DataError(f"The folder {path} has no file with text{said(left_out)}.\n"
                                   "Give text: .txt, .md, source code …, or a table: " + ", ".join(TABLES))
     return sorted(files, key=lambda f: f.relative_to(path).parts)
