@@ -567,6 +567,27 @@ def test_a_file_in_the_place_of_a_model_folder_is_one_message(tmp_path, words, n
     assert way in ran.stderr and len(ran.stderr.splitlines()) == 2 and sorted(space.root.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name, change", [("qwen", dict(add_prefix_space=True)), ("gpt2", dict(add_prefix_space=True)),
+    ("gpt2", dict(tokenizer_class="Qwen2Tokenizer")), ("llama", dict(tokenizer_class="GPT2Tokenizer")),
+    ("qwen", dict(tokenizer_class="CodeGenTokenizer")), ("llama", dict(tokenizer_class=None))])
+def test_a_tokenizer_of_two_meanings_is_no_beginning(space, tmp_path, name, change):
+    "Each of the two ways that the message shows leads to a folder that can be begun with"
+    folder, file = chat_folder(tmp_path / "model", name), tmp_path / "model" / "tokenizer_config.json"
+    said = {k: v for k, v in (json.loads(file.read_text()) | change).items() if v is not None}
+    file.write_text(json.dumps(said))
+    shutil.copytree(folder, other := tmp_path / "other")
+    ran = program(space, "train", *TINY, "--dry-run", "--init-from", str(folder), "--seq-len", "32")
+    assert ran.returncode == 2 and "has two meanings: tokenizer_class" in ran.stderr, ran.stderr
+    line = shlex.split(ran.stderr.splitlines()[-1])
+    assert subprocess.run([sys.executable, *line[1:]], capture_output=True).returncode == 0
+    (other / "tokenizer_config.json").write_text(json.dumps(said | dict(tokenizer_class="PreTrainedTokenizerFast")))
+    for mended in (folder, other):
+        ran = program(space, "train", *TINY, "--dry-run", "--init-from", str(mended), "--seq-len", "32")
+        assert ran.returncode == 0, ran.stderr
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.encode(TEXT) == AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False)
+
+
 def test_a_tokenizer_larger_than_its_model_is_refused_before_there_is_a_run(space, tmp_path):
     folder, runs = chat_folder(tmp_path / "model", "qwen"), list(space.runs.iterdir())
     train_tokenizer("bpe", 700, [TEXT + " ".join(f"w{i} x{i * 7}" for i in range(900))]).save(folder)

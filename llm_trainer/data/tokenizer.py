@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from ..events import Emit, Note, Progress, print_notes
 from ..workspace import home, located
 
 # %% auto #0
-__all__ = ['IDS', 'WAYS', 'KEPT', 'ENOUGH', 'char_backend', 'broken', 'bpe_backend', 'Tokenizer', 'train_tokenizer',
-           'prepare_tokenizer']
+__all__ = ['IDS', 'WAYS', 'KEPT', 'ENOUGH', 'char_backend', 'broken', 'bpe_backend', 'Tokenizer', 'read_otherwise',
+           'train_tokenizer', 'prepare_tokenizer']
 
 # %% ../../nbs/03_tokenizer.ipynb #933003fb
 def char_backend(
@@ -269,6 +270,34 @@ class Tokenizer(Codec):
         if wrong := _contradiction(found, found.config): raise UsageError(
             f"tokenizer_config.json contradicts tokenizer.json in {path if path.is_dir() else path.parent}: {wrong}")
         return found
+
+# %% ../../nbs/03_tokenizer.ipynb #a11c0002
+_PROBE = "It's 98765.4 km to  the\n\n  café — (or so), naïve e\u0301 東京 'll x_y\tEnd"
+
+
+def read_otherwise(
+    folder:Path, # A model folder, as it was found
+    tokenizer:Tokenizer # Its tokenizer
+)->UsageError | None:
+    "The refusal of a folder whose class of tokenizer gives other numbers than its tokenizer.json; None: they agree"
+    named = read_json(folder / "tokenizer_config.json", required=False).get("tokenizer_class")
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"): return None  # these read the file
+    try:
+        from transformers import AutoTokenizer
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        ids, size, kind = theirs.encode(_PROBE), len(theirs), type(theirs).__name__
+    except BaseException as e:  # no class of theirs, so there is nothing to compare; their library also panics
+        if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)): raise
+        return None
+    ours = [*tokenizer.encode_prompt(_PROBE), *tokenizer.after]
+    if ids == ours and size == tokenizer.backend.get_vocab_size(): return None
+    here = shlex.quote(str(folder))
+    return UsageError(
+        f"The tokenizer of {folder} has two meanings: tokenizer_class makes Transformers read it as {kind}, which "
+        "gives other numbers (or tokens) than its tokenizer.json.\nIf the file is right, write \"tokenizer_class\": "
+        "\"PreTrainedTokenizerFast\" in tokenizer_config.json. If the class is, write the file anew:\n"
+        f"python -c 'import sys, transformers as t; t.AutoTokenizer.from_pretrained(sys.argv[1])"
+        f".save_pretrained(sys.argv[1])' {here}")
 
 # %% ../../nbs/03_tokenizer.ipynb #180aaba8
 def train_tokenizer(

@@ -53,7 +53,7 @@ WINDOW = 2048  # tokens: what a model reads at most in training unless --seq-len
 def _begun(config: Config, space: Workspace, given: set[str], emit: Emit, whole: bool) -> Config:
     "The config of a run that begins with a model's weights: its shape and tokenizer, and its context or a shorter one"
     from llm_trainer.data.pretrained import fetch_model, is_hub_name
-    from llm_trainer.data.tokenizer import Tokenizer
+    from llm_trainer.data.tokenizer import Tokenizer, read_otherwise
     text, seq_len = str(config.training.init_from), config.model.seq_len
     if is_hub_name(text): name, folder = fetch_model(text, space.data, whole, config.data.offline, emit)
     else:
@@ -82,6 +82,7 @@ def _begun(config: Config, space: Workspace, given: set[str], emit: Emit, whole:
         f"The tokenizer in {folder} has {tokenizer.vocab_size:,} tokens, its model only {model.vocab_size:,}: they "
         f"don't belong together.\n"
         "Put the model's own tokenizer.json there.")
+    if otherwise := read_otherwise(folder, tokenizer): raise otherwise
     if whole: load_model(folder, seq_len=shape["seq_len"], values=False)
     return config.replace(init_from=str(name), **taken)
 

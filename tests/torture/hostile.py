@@ -37,7 +37,7 @@ from llm_trainer.errors import LLMTrainerError
 from llm_trainer.model.transformer import GPT
 from llm_trainer.runs.state import State
 from llm_trainer.runs.run import RUN_ID, create_run, find_run, list_runs
-from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer
+from llm_trainer.data.tokenizer import Tokenizer, read_otherwise, train_tokenizer
 from llm_trainer.data.pretrained import fetch_model
 from llm_trainer.model.gguf import gguf_tokens, special_ids
 from llm_trainer.model.huggingface import load_model, plain_config, save_weights, write_config
@@ -85,6 +85,8 @@ def _pattern() -> Path:
     (named / "rag.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     for place in "runs", f"data/model-a-b-{'0' * 12}": (root / place).mkdir(parents=True)
     load_model(root / "model")  # what this imports, children needn't
+    read_otherwise(root / "model", Tokenizer.load(root / "model"))
+    from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer  # noqa: F401
     for kind in "gpt2", "qwen3": plain_config({"model_type": kind})
     (root / "profile.toml").write_text("[model]\nn_layer = 2\n[training]\nlr = 1e-3\n")
     return root
@@ -216,6 +218,7 @@ def _keep_tokens(folder: Path) -> None:
     "What a run that begins with a model does with what it says of its tokens"
     tokenizer = Tokenizer.load(folder)
     tokenizer.encode_marked(f"aaaa {tokenizer.ends} {tokenizer.chat_templates}"[:1000])
+    read_otherwise(folder, tokenizer)
     tokenizer.save(folder / "again", 16)
     write_config(load_model(folder), folder / "again", ids=tokenizer.ids, generation=tokenizer.generation)
     gguf_tokens(tokenizer, 400), special_ids(tokenizer)
