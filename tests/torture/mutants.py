@@ -35,7 +35,7 @@ from .battery import ROOT
 
 MODULES = ("training/checkpoint", "system/locks", "system/files", "runs/state", "runs/run", "runs/writer",
            "cli/parser", "cli/render")
-TESTS = ("test_system", "test_checkpoint", "test_runs", "test_shown", "test_frontend", "test_cli", "test_resume",
+TESTS = ("test_system", "test_writer", "test_render", "test_checkpoint", "test_runs", "test_shown", "test_frontend", "test_cli", "test_resume",
          "test_launch", "test_strangers", "test_tiny", "test_security", "test_ranks", "test_readers")
 RESULT, SAME = (Path(__file__).with_name(name) for name in ("mutants.json", "equivalent.toml"))
 TITLE = ("one operator, constant or statement changed in the modules of checkpoints, locks, states and the command "

@@ -1,0 +1,322 @@
+"""The parts of the writer and of the state, one by one, with clocks that a test sets."""
+import math
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from llm_trainer.errors import NotFoundError, UsageError
+from llm_trainer.runs import writer as w
+from llm_trainer.runs.run import check_id, create_run, find_run, last_of_each, list_runs, new_id
+from llm_trainer.runs.state import State, derive, look_of, proper, silence, stall_timeout
+from llm_trainer.system import process
+from llm_trainer.system.files import (
+    Appender, Follower, encode, load_json, log_line, overwrite, parse, plain, read_json, timestamp, write_whole)
+from llm_trainer.errors import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path): return create_run(tmp_path / "runs", {"training": {"epochs": 2}}, "one", locked=True)
+
+
+class Clock:
+    "A clock that stands still until it is moved"
+    def __init__(self, at=100.0): self.at = at
+    def __call__(self): return self.at
+
+
+# State
+
+@pytest.mark.parametrize("phase, step_seconds, wanted", [
+    ("training", None, 600), ("training", 0.1, 60), ("training", 6.0, 60), ("training", 7.0, 70), ("sampling", 7.0, 70),
+    ("saving", 0.1, 600), ("evaluating", 7.0, 700), ("tokenizing", None, 6000), (None, 1.0, 600)])
+def test_how_long_a_run_may_be_silent(phase, step_seconds, wanted):
+    assert stall_timeout(State(phase=phase, step_seconds=step_seconds)) == wanted
+
+
+def test_silence_is_measured_by_the_clock_that_both_share():
+    here = process.boot_id()
+    assert silence(State(progress_monotonic=5.0, boot_id=here, progress_at=1.0), wall=9e9, monotonic=12.0) == 7
+    assert silence(State(progress_monotonic=5.0, boot_id="another", progress_at=1.0), wall=4.0, monotonic=12.0) == 3
+    assert silence(State(progress_at=9.0), wall=4.0) == 0 == silence(State(progress_monotonic=9.0, boot_id=here),
+                                                                   monotonic=4.0)
+    assert silence(State(), wall=50.0) == 0
+    assert silence(State(progress_at=time.time() - 1000)) > 999
+    assert silence(State(progress_monotonic=time.monotonic() - 50, boot_id=here)) == pytest.approx(50, abs=20)
+
+
+def test_what_is_true_of_a_stored_state():
+    def now(status, locked, silent): return derive(State(status=status, phase="training", step_seconds=1.0,
+                                                         progress_at=0.0), locked, wall=silent)
+    for ended in ("completed", "stopped", "failed", "diverged"):
+        assert now(ended, False, 0) == ended == now(ended, True, 1e9)
+    assert now("running", True, 60) == "running" and now("running", True, 60.1) == "stalled"
+    assert now("queued", True, 1e9) == "queued" and now("queued", False, 0) == "crashed"
+    assert now("running", False, 0) == now(None, False, 0) == "crashed"
+    assert look_of("odd") == look_of(None) == look_of("unknown")
+
+
+def test_a_value_of_another_kind_is_not_taken():
+    record = {"step": True, "epoch": 2, "loss": math.inf, "tokens": 2**63, "steps": 2**63 - 1, "pid": -(2**63),
+              "status": 7, "loss_history": [1, 2.5, None, True, math.nan, "x"], "waiting_for": ["a", 1],
+              "ranks": [{}, 1], "locked": True, "stored_status": "x", "odd": 1, "val_loss": None}
+    assert proper(record) == {"epoch": 2, "steps": 2**63 - 1, "loss_history": [1, 2.5], "waiting_for": ["a"],
+                              "ranks": [{}], "val_loss": None}
+    assert "locked" not in State(locked=True).to_record() and State.from_record(record).tokens == 0
+
+
+# The curve and the pace
+
+def test_a_history_keeps_at_most_twice_as_many_means_and_joins_neighbours():
+    history = w.History([], most=2)
+    for step, loss in enumerate([1.0, None, 3.0, 5.0, 7.0], 1): history.add(step, loss)
+    assert history.means == [[1.0, 1], [3.0, 1], [5.0, 1], [7.0, 1]] and history.points() == [2.0, 6.0]
+    history.add(6, 9.0)
+    assert history.means == [[2.0, 2], [6.0, 2], [9.0, 1]] and history.width == 2.0
+    history.add(7, 20.0)  # step 7 begins the fourth stretch of two steps
+    assert history.means[-1] == [20.0, 1]
+    history.add(8, 40.0)
+    assert history.means[-1] == [30.0, 2] and history.points() == [4.0, pytest.approx((9 + 20 + 40) / 3)]
+
+
+def test_a_history_goes_on_from_where_the_attempt_begins():
+    assert w.History([1.0, 2.0, 3.0, 4.0], 8, 4).points() == [1.0, 2.0]
+    assert w.History([1.0, 2.0], 8, 8).points() == [1.0, 2.0] and w.History([1.0, 2.0], 8, 0).points() == []
+    again = w.History([1.0, 2.0], 4, 4)
+    again.add(4, 4.0)
+    assert again.means == [[1.0, 1], [3.0, 2]]
+    assert w.History([], 0, 0).most == 60
+
+
+def test_the_pace_is_the_median_step_and_the_mean_speed():
+    pace = w.Pace()
+    assert pace.usual is None and pace.per_second is None
+    for at in (0, 1, 11, 13, 16): pace.step(at)
+    assert sorted(pace.durations) == [1, 2, 3, 10] and pace.usual == 3
+    for at in range(17, 117): pace.step(at)
+    assert len(pace.durations) == 51 and pace.usual == 1
+    pace.log(100, 50.0)
+    assert pace.per_second is None
+    pace.log(200, None)
+    pace.log(400, 20.0)
+    assert pace.busy == 10.0 and pace.per_second == 30.0
+
+
+# Files while it trains
+
+def records(run, **more):
+    clock = Clock()
+    return w.RunWriter(run, run.lock, clock, Clock(1e9), **more), clock
+
+
+def test_a_state_is_written_at_once_or_seldom(run):
+    writer, clock = records(run)
+    writer.update(status="running", phase="training")
+    def seldom(step):
+        writer.log(SimpleNamespace(kind="step", step=step, epoch=step / 10, tokens=8, loss=None, tokens_per_second=5.0,
+                                   memory_bytes=1, eta_seconds=2.0))
+        return run.state().step
+    assert seldom(1) == 0
+    clock.at += w.EVERY
+    assert seldom(2) == 2 and seldom(3) == 2
+    writer.update(phase="saving")
+    assert run.state().step == 3 and run.state().phase == "saving" and run.state().eta_seconds == 2.0
+
+
+def test_waiting_in_the_queue_is_no_training(run):
+    writer, clock = records(run)
+    clock.at += 1000
+    writer.update(status="running")
+    assert run.state().elapsed_seconds == 0
+    clock.at += 5
+    writer.update(phase="x")
+    assert run.state().elapsed_seconds == 5
+    writer.update(status="running")
+    writer.finish("stopped")
+    assert run.state().elapsed_seconds == 5 and run.state().heartbeat == 1e9
+    again, clock = records(run)
+    again.update(status="running")
+    clock.at += 2
+    again.update(phase="x")
+    assert run.state().elapsed_seconds == 7
+
+
+def test_a_run_that_ended_before_its_turn_did_not_train(run):
+    writer, clock = records(run)
+    clock.at += 1000
+    writer.finish("stopped", "signal", "x" * 2000)
+    state = run.state()
+    assert state.elapsed_seconds == 0 and state.reason == {"code": "signal", "message": "x" * 1000}
+    writer.finish("failed")
+    assert run.state().status == "stopped"
+
+
+def test_requests_are_looked_for_seldom_and_forgotten_when_done(run):
+    writer, clock = records(run)
+    assert writer.requests() == set()
+    assert run.request("save") and not run.request("save")
+    assert os.stat(run.folder / "control/save").st_mode & 0o777 == 0o600
+    assert writer.requests() == set()
+    clock.at += w.EVERY
+    assert writer.requests() == {"save"} == writer.asked.seen and not writer.is_stopping
+    writer.signals.add("stop")
+    assert writer.requests() == {"save", "stop"} and writer.is_stopping and run.state().phase == "stopping"
+    writer.acknowledge("save")
+    assert run.asked() == set() and writer.asked.seen == {"stop"} and set(run.state().acknowledged) == {"stop", "save"}
+    writer.acknowledge("stop")
+    assert writer.asked.seen == set()
+
+
+def test_a_stop_is_said_once_with_its_reason(run):
+    writer, _ = records(run)
+    writer.stopping()
+    writer.stopping("again")
+    assert [line.partition("stopping")[1:] for line in run.log_tail()] == [("stopping", ": asked to stop")]
+    writer.log(SimpleNamespace(kind="phase", name="saving"))
+    assert run.state().phase == "stopping" and len(run.log_tail()) == 1
+    writer.log(SimpleNamespace(kind="phase", name="compiling"))
+    assert run.log_tail()[-1].endswith(" compiling")
+
+
+def test_what_a_new_attempt_begins_with(run):
+    state = State(created_at=None, reason={"code": "x"}, ranks=[{}], waiting_for=["y"], eta_seconds=3.0)
+    found = w.fresh(run, state, {"attempt": 4, "target_epochs": 3, "target_steps": 9})
+    assert (found["attempt"], found["epochs"], found["steps"], found["run_id"]) == (4, 3, 9, "one")
+    assert found["created_at"] == run.meta["created_at"] and found["reason"] is None and found["ranks"] == []
+    assert w.fresh(run, State(created_at="then"), {})["attempt"] == 1
+    assert w.fresh(run, State(created_at="then"), {})["created_at"] == "then"
+
+
+def test_the_best_of_several_validations_and_what_was_skipped(run):
+    writer, _ = records(run)
+    def evaluated(loss): writer.log(SimpleNamespace(kind="evaluated", step=1, epoch=0.1, tokens=8, loss=loss, parts=[],
+                                                    perplexity=1.0, bits_per_byte=1.0))
+    for loss in (3.0, 2.0, math.nan, 2.5): evaluated(loss)
+    writer.log(SimpleNamespace(kind="skipped", step=2, what="loss"))
+    writer.log(SimpleNamespace(kind="skipped", step=3, what="loss"))
+    state = run.state()
+    assert (state.val_loss, state.best_val_loss, state.skipped) == (2.5, 2.0, 2)
+    assert "parts" not in run.metrics("val")[0] and run.log_tail(1)[0].endswith("step 3  skipped: loss")
+
+
+def test_a_writer_that_is_closed_writes_nothing(run):
+    writer, _ = records(run)
+    writer.close()
+    before = (run.folder / "state.json").read_bytes()
+    writer.log(SimpleNamespace(kind="note", message="late"))
+    writer.beat()
+    writer.stopping()
+    assert (run.folder / "state.json").read_bytes() == before and run.log_tail() == []
+
+
+# Files
+
+def test_records_become_plain_json():
+    class Scalar:
+        def item(self): return 1.5
+    found = plain({1: [math.nan, math.inf, True, None, (2, {3})], "a": Scalar(), "b": "x\x1b[31my", "c": len, "d": 0.5})
+    assert found["1"] == [None, None, True, None, [2, [3]]] and found["a"] == 1.5 and found["b"] == "xy"
+    assert found["c"] == str(len) and found["d"] == 0.5
+    assert encode({"a": "é\x07"}) == '{"format_version":1,"a":"é"}\n'.encode()
+    assert encode({"a": "é\x07"}, exact=True) == b'{"format_version":1,"a":"\\u00e9\\u0007"}\n'
+
+
+def test_a_full_disk_still_takes_a_state_of_the_same_size(tmp_path):
+    path = tmp_path / "state.json"
+    write_whole(path, {"text": "a long text that was here before"})
+    size = path.stat().st_size
+    overwrite(path, {"a": 1})
+    assert path.stat().st_size == size and read_json(path) == {"format_version": 1, "a": 1}
+    assert path.read_bytes().endswith(b" \n") and os.listdir(tmp_path) == ["state.json"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_only_objects_are_records(tmp_path):
+    assert [parse(line) for line in (b"[1]", b"1", b"{", b"[" * 10**5, b'{"a": NaN}')] == [None] * 4 + [{"a": None}]
+    for name, content in (("list", "[1]"), ("nan", '{"a": NaN}'), ("deep", "[" * 10**5), ("bytes", "\udcff")):
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(CheckpointError, match=name): load_json(tmp_path / name)
+    (tmp_path / "large").write_text('{"a": 1}')
+    assert load_json(tmp_path / "large", limit=8) == {"a": 1}
+    with pytest.raises(CheckpointError, match="sensible size"): load_json(tmp_path / "large", limit=7)
+
+
+def test_a_follower_begins_near_the_end_and_again_with_a_new_file(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"first\nsecond\nthird\n")
+    def lines(tail): return Follower(path, bytes.decode, tail=tail).poll()
+    assert lines(None) == ["first", "second", "third"] == lines(19) == lines(100)
+    assert lines(6) == [] and lines(7) == ["third"] and lines(18) == ["second", "third"] and lines(0) == []
+    follower = Follower(path, bytes.decode, limit=8)
+    assert follower.poll() == ["first"] and follower.poll() == ["second"] and follower.poll() == ["third"]
+    assert follower.poll() == []
+    path.write_bytes(b"new\n")
+    assert follower.poll() == ["new"]
+    path.with_name("other").write_bytes(b"more\nand more\n")
+    os.replace(path.with_name("other"), path)
+    assert follower.poll() == ["more"] and follower.poll() == ["and more"]
+    path.write_bytes(b"x" * 8)  # a line as long as what is read at once
+    assert Follower(path, bytes.decode, limit=8).poll() == ["x" * 8]
+    path.write_bytes(b"x" * 7)
+    assert Follower(path, bytes.decode, limit=8).poll() == []
+
+
+def test_a_line_of_a_log_is_the_last_state_of_a_progress_bar():
+    assert log_line(b"10%\r20%\r\x1b[1m30%\x1b[0m\tx\r") == "30%\tx"
+
+
+def test_moments_sort_as_text():
+    assert timestamp(0) == "1970-01-01T00:00:00.000000Z" and timestamp(1.5) == "1970-01-01T00:00:01.500000Z"
+    assert timestamp(3600 * 24 * 366 - 0.25) == "1971-01-01T23:59:59.750000Z"
+    assert abs(time.time() - time.mktime(time.strptime(timestamp()[:19], "%Y-%m-%dT%H:%M:%S")) + time.timezone) < 100
+
+
+# The run's folder
+
+def test_the_last_lines_of_a_log(run):
+    (run.folder / "train.log").write_text("".join(f"line {i}\n" for i in range(3000)))
+    assert run.log_tail() == [f"line {i}" for i in range(2980, 3000)]
+    assert run.log_tail(0) == [] and run.log_tail(1) == ["line 2999"] and len(run.log_tail(2000)) == 2000
+    (run.folder / "train.log").write_text("x" * 4400 + "\nend\n")
+    assert run.log_tail(2)[-1] == "end" and len(run.log_tail(2)[0]) == 4400
+
+
+def test_notes_are_whole_lines(run):
+    run.add_note("first\nline")
+    with open(run.folder / "notes.txt", "a") as f: f.write("by hand, no newline")
+    run.add_note("last")
+    assert run.notes().splitlines()[-2:] == ["by hand, no newline", "last"] and "first" in run.notes()
+    assert os.stat(run.folder / "notes.txt").st_mode & 0o777 == 0o600
+
+
+def test_a_name_that_several_runs_begin_with(tmp_path):
+    for i in range(8): create_run(tmp_path, {}, f"a{i}")
+    def said():
+        with pytest.raises(UsageError) as e: find_run(tmp_path, "a")
+        return str(e.value)
+    assert "any of 8 runs" in said() and "…" not in said() and "a7" in said()
+    create_run(tmp_path, {}, "a8")
+    assert "any of 9 runs" in said() and " …" in said()
+    assert find_run(tmp_path, "a3").id == "a3" and find_run(tmp_path).id == "a8" and len(list_runs(tmp_path)) == 9
+    with pytest.raises(NotFoundError, match="did you mean a1"): find_run(tmp_path, "a1x")
+    with pytest.raises(UsageError) as e: check_id("A" * 100)
+    assert f"'{'A' * 80}'" in str(e.value)
+    assert len({new_id() for _ in range(50)}) > 40 and all(check_id(new_id()) for _ in range(50))
+
+
+def test_the_last_row_of_each_step_counts():
+    rows = [{"step": 2, "kind": "train", "x": 1}, {"step": 1, "kind": "train", "x": 2}, {"step": 2, "kind": "train",
+            "x": 3}, {"step": "2", "kind": "train"}, {"kind": "train"}]
+    assert [row["x"] for row in last_of_each(rows, step=int, kind=str)] == [2, 3]
+
+
+def test_a_torn_line_is_told_and_mended_by_the_next(tmp_path, monkeypatch):
+    file, real = Appender(tmp_path / "x.jsonl"), os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
+    with pytest.raises(OSError, match="only part"): file.write(b'{"a": 1}\n')
+    monkeypatch.undo()
+    file.write(b'{"b": 2}\n')
+    assert (tmp_path / "x.jsonl").read_bytes() == b'{"a\n{"b": 2}\n'
+    file.close()
+    file.close()
