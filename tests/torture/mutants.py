@@ -35,8 +35,9 @@ from .battery import ROOT
 
 MODULES = ("training/checkpoint", "system/locks", "system/files", "runs/state", "runs/run", "runs/writer",
            "cli/parser", "cli/render")
-TESTS = ("test_system", "test_writer", "test_render", "test_checkpoint", "test_runs", "test_shown", "test_frontend", "test_cli", "test_resume",
-         "test_launch", "test_strangers", "test_tiny", "test_security", "test_ranks", "test_readers")
+TESTS = ("test_system", "test_writer", "test_render", "test_checkpoint", "test_runs", "test_shown", "test_frontend",
+         "test_cli", "test_resume", "test_launch", "test_strangers", "test_tiny", "test_security", "test_ranks",
+         "test_readers")
 RESULT, SAME = (Path(__file__).with_name(name) for name in ("mutants.json", "equivalent.toml"))
 TITLE = ("one operator, constant or statement changed in the modules of checkpoints, locks, states and the command "
          "line: a test notices (`python -m tests.torture.mutants`; N are the changes tried, failures those that no "
@@ -108,14 +109,14 @@ TRACER = '''
 import os, sys, threading
 ROOM, FILES = os.environ.get("MUTANTS_ROOM"), {files!r}
 if ROOM and os.path.exists(ROOM + "/trace"):
-    out = os.open(ROOM + "/lines", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    out, put = os.open(ROOM + "/lines", os.O_WRONLY | os.O_APPEND | os.O_CREAT), os.write
     def now():
         global test, seen
         with open(ROOM + "/now") as f: test, seen = f.read(), set()
     def local(frame, event, arg):
         if event == "line" and (key := (frame.f_code.co_filename, frame.f_lineno)) not in seen:
             seen.add(key)
-            os.write(out, f"{{FILES[key[0]]}}\\t{{key[1]}}\\t{{test}}\\n".encode())
+            put(out, f"{{FILES[key[0]]}}\\t{{key[1]}}\\t{{test}}\\n".encode())
         return local
     def calls(frame, event, arg): return local if frame.f_code.co_filename in FILES else None
     now()
