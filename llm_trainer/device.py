@@ -387,7 +387,8 @@ def memory_used(
     if kind == "cuda": return torch.cuda.max_memory_allocated(device)
     if kind == "mps": return torch.mps.driver_allocated_memory()
     if pages := _read("/proc/self/statm"): return int(pages.split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # macOS, in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # without /proc
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 _PEAK = { # TFLOP/s of dense matrix products: 16-bit, float32

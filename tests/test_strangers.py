@@ -390,6 +390,27 @@ def test_a_loader_that_fails_costs_its_help_and_no_batch(tmp_path, monkeypatch, 
     assert len(told) == 1 and "the same batches" in told[0].message
 
 
+SHUT = "mount -t tmpfs -o ro,size=64k tmpfs /dev/shm && exec"
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "sh", "-c", f"{SHUT} true"], capture_output=True).returncode != 0
+                    if shutil.which("unshare") else True, reason="needs to mount")
+def test_without_shared_memory_the_same_is_trained_and_one_line_says_so(space):  # noqa: F811
+    words = [sys.executable, "-m", "llm_trainer", "train", "--config", "tiny", "--max-steps", "2", "--num-workers", "2",
+             "--threads", "1"]
+    said = subprocess.run(["unshare", "-m", "sh", "-c", f'{SHUT} "$@"', "sh", *words], cwd=space.root, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    told = said.stdout + said.stderr
+    assert said.returncode == 0 and "Traceback" not in told and told.count("are given up") == 1
+
+
+def test_memory_is_counted_in_bytes_without_proc(monkeypatch):
+    from llm_trainer import device
+    whole = device.memory_used("cpu")
+    monkeypatch.setattr(device, "_read", lambda path: None)
+    assert whole / 2 < device.memory_used("cpu") < whole * 20
+
+
 def test_damaged_tokens_are_named_and_made_again(space):  # noqa: F811
     from llm_trainer.data.batches import open_tokens
     from llm_trainer.errors import DataError

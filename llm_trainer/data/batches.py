@@ -8,6 +8,7 @@ Docs: https://llm-trainer.github.io/llm_trainer/batches.html.md"""
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -292,6 +293,7 @@ class Stream:
         done = 0
         if self.num_workers:
             try:
+                multiprocessing.Event()  # refused where /dev/shm is, before a loader is half built
                 for x, y in DataLoader(self.windows, batch_sampler=_Fixed(self, start), collate_fn=_plain,
                                        timeout=PATIENCE, num_workers=self.num_workers, worker_init_fn=_ignore_signals,
                                        generator=torch.Generator()):
