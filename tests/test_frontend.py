@@ -1,4 +1,5 @@
 """The strict front end, tried on a small set of commands that really go through Fire."""
+import itertools
 import random
 from pathlib import Path
 from typing import Literal
@@ -6,7 +7,7 @@ from typing import Literal
 import pytest
 
 from llm_trainer.errors import BusyError, UsageError
-from llm_trainer.cli.parser import Flag, FrontEnd, convert, nearest
+from llm_trainer.cli.parser import Flag, FrontEnd, _one_edit, _row, convert, nearest, shown
 
 seen = {}
 
@@ -45,6 +46,8 @@ def hang(picture: str, *, title: str, **knobs):
     if picture == "ctrl-c": raise KeyboardInterrupt
     if picture == "bug": return 1 / 0
     if picture == "full": raise OSError(28, "No space left on device", "/wall")
+    if picture == "files": raise OSError(24, "Too many open files")
+    if picture == "memory": raise MemoryError
 
 
 hang.knobs = lambda: [Flag("n_hooks", int, 2, "Hooks in the wall", "Wall", note="2; 1 to 9"),
@@ -216,3 +219,71 @@ def test_completion():
     assert "--n_hooks" in words("hang", "sunset", "") and "seven" not in words("hang", "sunset", "")
     assert words("hang", "--n_hooks", "3", "s") == ["sunset", "seven"]
     for shell in ("bash", "zsh", "fish"): assert "_ART_COMPLETE=1" in front.completion_script(shell)
+
+
+def test_what_runs_out_is_named(capsys):
+    for picture, words in (("files", "Too many open files"), ("memory", "Memory ran out"), ("full", "/wall")):
+        assert front.run(["hang", picture, "--title=x"]) == 1
+        assert words in (said := capsys.readouterr().err) and "internal error" not in said
+
+
+def test_usage_names_what_is_needed_and_what_may_be():
+    def plain(a: str, b: str = "x"): "No flag"
+    def must(*, title: str): "Only one that is needed"
+    def may(*, title: str = "x"): "Only one that is not"
+    end = FrontEnd("art", "1", "", {"All": {"plain": plain, "must": must, "may": may}})
+    assert [end.usage(c) for c in end.commands.values()] == [
+        "art plain A [B]", "art must --title TEXT", "art may [FLAGS]"]
+    assert front.usage(front.commands["paint"]) == "art paint FOLDER|FILE [TINT] [FLAGS]"
+    assert front.usage(front.commands["hang"]) == "art hang PICTURE --title TEXT [FLAGS]"
+
+
+def test_every_row_of_help():
+    rows = [row.rstrip() for row in front.help(front.commands["paint"]).splitlines()]
+    assert rows == [
+        "art paint: Paint a picture", "", "Usage: art paint FOLDER|FILE [TINT] [FLAGS]", "", "It takes a while.", "",
+        "Arguments", "  FOLDER|FILE                What to paint on", "  TINT                       A tint", "",
+        "Colour", "  --colour red|green         Colour of the brush [red]",
+        "  --layers N                 How many layers [3]", "  --opacity X                How much shines through",
+        "  --[no-]glaze               Glaze it at the end [on]", "  --dry                      Wait until it is dry",
+        "  --headless                 Paint without looking", "  --no-copies N              Copies to leave out", "",
+        "Text", "  --title TEXT               What is written under it",
+        "  --stop TEXT                Words never to write (may be repeated)",
+        "  --note-file FILE           More words"]
+    assert front.help(front.commands["hang"]).splitlines()[-6:] == [
+        "", "Wall", "  --n_hooks N                Hooks in the wall [2; 1 to 9]",
+        "  --level auto|true|false    Hang it level [auto]", "",
+        "Each setting has its place: art docs configuration#lr"]
+    assert _row("a" * 25, "text", 27) == ["  " + "a" * 25 + "  text"]
+    assert _row("a" * 26, "text", 27) == ["  " + "a" * 26, " " * 29 + "text"]
+    assert _row("x", "", 27) == ["  x"]
+
+
+def test_every_word_for_on_and_off():
+    assert all(values("paint", "x", f"--dry={w}")["dry"] is True for w in ("true", "yes", "on", "1", "TRUE"))
+    assert all(values("paint", "x", f"--dry={w}")["dry"] is False for w in ("false", "no", "off", "0", "No"))
+
+
+def test_a_word_of_the_users_is_shown_up_to_its_limit():
+    assert shown("x" * 60) == f"'{'x' * 60}'" and shown("x" * 61) == f"'{'x' * 60}…'"
+    assert shown("a\nb\x1b[1m") == "'a b'"
+
+
+def test_one_slip_of_the_fingers_by_trying_them_all():
+    def slips(word):
+        for i in range(len(word) + 1):
+            yield from (word[:i] + c + word[i:] for c in "abc")
+            if i == len(word): continue
+            yield word[:i] + word[i + 1:]
+            yield from (word[:i] + c + word[i + 1:] for c in "abc")
+            yield word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:]
+    words = ["".join(letters) for n in range(5) for letters in itertools.product("abc", repeat=n)]
+    for word in words:
+        near = set(slips(word))
+        for other in words[:121]: assert _one_edit(word, other) == (other in near or other == word), (word, other)
+
+
+def test_a_flag_of_another_command_is_pointed_at():
+    said = refused("hang", "x", "--title=y", "--opacity=1")
+    assert "hang has no flag '--opacity'" in said and "(paint has it.)" in said
+    assert "(" not in refused("hang", "x", "--title=y", "--wholly-unknown=1")

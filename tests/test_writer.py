@@ -2,17 +2,20 @@
 import math
 import os
 import time
+from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
 import pytest
 
 from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.runs import writer as w
-from llm_trainer.runs.run import check_id, create_run, find_run, last_of_each, list_runs, new_id
-from llm_trainer.runs.state import State, derive, look_of, proper, silence, stall_timeout
+from llm_trainer.runs.run import check_id, create_run, find_run, last_of_each, list_runs, new_id, sweep
+from llm_trainer.runs.state import ENDED, LIVE, STATES, State, derive, look_of, proper, silence, stall_timeout
 from llm_trainer.system import process
 from llm_trainer.system.files import (
-    Appender, Follower, encode, load_json, log_line, overwrite, parse, plain, read_json, timestamp, write_whole)
+    Appender, Follower, encode, load_json, log_line, overwrite, parse, plain, read_json, sealed, timestamp, unsealed,
+    write_whole)
+from llm_trainer.training.checkpoint import StepFolders
 from llm_trainer.errors import CheckpointError
 
 
@@ -64,6 +67,12 @@ def test_a_value_of_another_kind_is_not_taken():
     assert proper(record) == {"epoch": 2, "steps": 2**63 - 1, "loss_history": [1, 2.5], "waiting_for": ["a"],
                               "ranks": [{}], "val_loss": None}
     assert "locked" not in State(locked=True).to_record() and State.from_record(record).tokens == 0
+
+
+def test_which_states_are_live_and_which_are_ends():
+    assert LIVE == ("running", "queued", "stalled")
+    assert ENDED == ("completed", "stopped", "failed", "diverged", "crashed")
+    with pytest.raises(FrozenInstanceError): STATES["running"].sign = "x"
 
 
 # The curve and the pace
@@ -298,11 +307,57 @@ def test_a_name_that_several_runs_begin_with(tmp_path):
     assert "any of 8 runs" in said() and "…" not in said() and "a7" in said()
     create_run(tmp_path, {}, "a8")
     assert "any of 9 runs" in said() and " …" in said()
+    assert sum(f"a{i}" in said() for i in range(9)) == 8
     assert find_run(tmp_path, "a3").id == "a3" and find_run(tmp_path).id == "a8" and len(list_runs(tmp_path)) == 9
     with pytest.raises(NotFoundError, match="did you mean a1"): find_run(tmp_path, "a1x")
     with pytest.raises(UsageError) as e: check_id("A" * 100)
     assert f"'{'A' * 80}'" in str(e.value)
     assert len({new_id() for _ in range(50)}) > 40 and all(check_id(new_id()) for _ in range(50))
+
+
+def test_the_time_of_a_row_and_a_reason_without_a_code(run):
+    writer = w.RunWriter(run, run.lock, Clock(), Clock(1e9 + 0.12345))
+    writer.log(SimpleNamespace(kind="step", step=1, epoch=0.1, tokens=8, loss=1.0, tokens_per_second=5.0, lr=0.1,
+                               memory_bytes=1, eta_seconds=2.0, grad_norm=1.0))
+    assert run.metrics()[0]["time"] == 1e9 + 0.123
+    writer.finish("failed", None, "why")
+    assert run.state().reason == {"code": None, "message": "why"}
+
+
+def test_what_is_in_a_records_text_stays_to_the_letter(run):
+    run.complete_meta(data={"name": "a\x07\u202eb"})
+    assert run.meta["data"]["name"] == "a\x07\u202eb" and b"\\u0007" in (run.folder / "meta.json").read_bytes()
+
+
+def test_a_run_without_a_state_has_crashed(run):
+    run.lock.release()
+    (run.folder / "state.json").unlink()
+    assert run.status().status == "crashed"
+
+
+def test_folders_half_made_are_swept_after_an_hour(tmp_path):
+    for name, age in ((".new-old", 3700), (".new-young", 3500), (".gone-x", 0), ("run", 9999), (".queue", 9999)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".new-young", ".queue", "run"]
+    sweep(tmp_path / "nowhere")
+
+
+def test_a_seal_holds_no_number_that_is_none(tmp_path):
+    with pytest.raises(ValueError): sealed({"a": math.nan})
+    (tmp_path / "x").write_bytes(sealed({"b": 1, "a": [1.5]}))
+    assert unsealed(tmp_path / "x") == {"b": 1, "a": [1.5]}
+    (tmp_path / "x").write_bytes(sealed({"b": 1, "a": [1.5]}).replace(b"1.5", b"1.6"))
+    with pytest.raises(CheckpointError, match="changed after"): unsealed(tmp_path / "x")
+
+
+def test_steps_of_any_length(tmp_path):
+    for name in ("step-00000005", "step-12345678", "step-123456789", "step-1234567", ".tmp-step-00000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009").touch()
+    assert StepFolders(tmp_path, "x").steps() == [5, 12345678, 123456789]
+    assert StepFolders(tmp_path / "nowhere", "x").steps() == []
 
 
 def test_the_last_row_of_each_step_counts():

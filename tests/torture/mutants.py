@@ -378,7 +378,7 @@ class Room:
         path, tests = self.twin / "llm_trainer" / f"{mutant.module}.py", self.tests(mutant)
         whole, times = path.read_text(), path.stat()
         path.write_text(mutant.make())
-        near = [test for test in tests if test.partition("::")[0] == tests[0].partition("::")[0]][:12]  # one file to load
+        near = [test for test in tests if test.partition("::")[0] == tests[0].partition("::")[0]][:12]
         try: killer = self._first_of(near) or self._first_of([test for test in tests if test not in near])
         finally:
             path.write_text(whole)
