@@ -150,19 +150,23 @@ class Reach:
                 for line, tests in lines.items():
                     self.lines[module].setdefault(moved[int(line)], set()).update(tests)
 
-    def tests(self, mutant: Mutant, tree: ast.Module) -> list[str]:
-        "The tests that reach a changed line; of what is computed at import, those that reach who uses it"
-        lines = self.lines[mutant.module]
-        if found := self._quick(lines.get(mutant.line, ())): return found
-        around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= mutant.line <= n.end_lineno]
-        near = min(around, key=lambda n: n.end_lineno - n.lineno, default=None)
-        if near is None: return []
-        body = range(near.lineno, near.end_lineno + 1)
+    def tests(self, mutant: Mutant, tree: ast.Module) -> dict[str, int]:
+        """The tests that may notice a change, the likeliest with 0: those that reach its line; of what is computed at
+        import those that reach who uses it, then all of the modules of tests that reach anything of the module"""
+        lines, at = self.lines[mutant.module], mutant.line
+        around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= at <= n.end_lineno]
+        within = [n for n in around if isinstance(n, ast.FunctionDef) and n.body[0].lineno <= at]
+        if within and (found := self._quick(lines.get(at, ()))): return dict.fromkeys(found, 0)
+        near = max(within, key=lambda n: n.lineno) if within else min(
+            around, key=lambda n: n.end_lineno - n.lineno, default=tree.body[0])
+        used = list(range(near.lineno, near.end_lineno + 1)) if isinstance(near, ast.FunctionDef) else []
         if isinstance(near, ast.Assign | ast.AnnAssign):
             names = {n.id for n in ast.walk(near) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            body = [*body, *(n.lineno for n in ast.walk(tree) if getattr(n, "id", getattr(n, "attr", "")) in names)]
-        if found := self._quick(set().union(*(lines.get(line, ()) for line in body))): return found
-        return self._quick(set().union(*lines.values())) if "" in lines.get(mutant.line, ()) else []
+            used += [n.lineno for n in ast.walk(tree) if getattr(n, "id", getattr(n, "attr", "")) in names]
+        found = self._quick(set().union(*(lines.get(line, ()) for line in used)))
+        files = {test.partition("::")[0] for of in lines.values() for test in of}
+        return {test: 1 for test in self._quick(self.seconds) if test.partition("::")[0] in files} | \
+            dict.fromkeys(found, 0)
 
     def _quick(self, tests) -> list[str]:
         return [test for test in tests if self.seconds.get(test, SLOW) < SLOW]
@@ -366,7 +370,8 @@ class Room:
         "The tests to ask, those that killed a neighbour first, then the quick ones"
         chosen, seconds = [], 0.0
         found = self.reach.tests(mutant, self.trees[mutant.module])
-        def rank(test): return -self.kills[mutant.module, mutant.line // 20, test], self.reach.seconds[test], test
+        def rank(test):
+            return -self.kills[mutant.module, mutant.line // 20, test], found[test], self.reach.seconds[test], test
         for test in sorted(filter(lambda test: self.sound.get(test, True), found), key=rank):
             seconds += self.reach.seconds[test]
             if chosen and seconds > ENOUGH: break
