@@ -516,17 +516,19 @@ def test_nul_bytes_are_a_kind_of_their_own(tmp_path):
     early, late = b"some text\0\0 and more of it " * 9, b"plain words " * 20_000 + "é\0 à".encode()
     for name, data in {"good.txt": b"good", "early.txt": early, "late.md": late, "table.csv": b"id,text\n1,a\0b\n",
                        "packed.txt.gz": gzip.compress(late), "picture.txt": b"\x89PNG\r\n\x1a\n\0\0\xff\xfe",
+                       "real.pdf": b"%PDF-1.7 plain words at first\0 and again",
                        "real.png": b"\x89PNG\r\n\x1a\n\0\0\xff\xfe"}.items():
         (tmp_path / "f" / name).write_bytes(data)
     corpus = opened(tmp_path / "f", tmp_path)
     assert whole(corpus) == ["good"]
     assert corpus.left_out == {"txt with NUL bytes": 1, "md with NUL bytes": 1, "csv with NUL bytes": 1,
-                               "txt.gz with NUL bytes": 1, "txt that is no text": 1, "png": 1}
+                               "txt.gz with NUL bytes": 1, "txt that is no text": 1, "png": 1,
+                               "pdf": 1}
     for name, before in {"early.txt": "after 9 bytes", "late.md": "after 240,002 bytes",
                          "packed.txt.gz": "after 240,002 bytes"}.items():
-        with pytest.raises(DataError, match=f"{name} holds NUL bytes, .*{before}") as e:
+        with pytest.raises(DataError, match=f"{name} is not text: it holds NUL bytes, .*{before}") as e:
             opened(tmp_path / "f" / name, tmp_path)
-        subprocess.run(str(e.value).split("Take them out: ")[1], shell=True, check=True)
+        subprocess.run(str(e.value).split("take them out: ")[1], shell=True, check=True)
         assert "".join(whole(opened(tmp_path / "f" / f"clean-{name}", tmp_path))) == (
             early if name == "early.txt" else late).decode().replace("\0", "")
 

@@ -293,12 +293,13 @@ def has_nul(
     path:Path # A file
 )->DataError:
     "The refusal of a text with NUL bytes"
+    if ending(path) in _WAYS: return not_text(path, head_of(path))
     before = 0
     for chunk in chunks(path):
         if (at := chunk.find(b"\0")) >= 0: break
         before += len(chunk)
-    return DataError(f"{path} holds NUL bytes, which no text has, the first after {before + at:,} bytes.\n"
-                     f"Take them out: {rewritten(path, TAKE_OUT, 'clean')}")
+    return DataError(f"{path} is not text: it holds NUL bytes, the first after {before + at:,} bytes.\n"
+                     f"If it is text but for these, take them out: {rewritten(path, TAKE_OUT, 'clean')}")
 
 
 def ending(
@@ -316,7 +317,7 @@ def reason(
 )->str:
     "How a file that is no text is called when it is left out: its kind, and why where its name promises text"
     inner = Path(path.stem) if packing(path) else path
-    if found == NULS: return f"{ending(path)} with {NULS}"
+    if found == NULS and ending(path) not in _WAYS: return f"{ending(path)} with {NULS}"
     return f"{ending(path)} that is no text" if inner.suffix.lower() in (*TEXTS, *TABLES) else ending(path)
 
 # %% ../../nbs/02a_readers.ipynb #abb7aaf0
