@@ -197,6 +197,13 @@ def test_what_a_new_attempt_begins_with(run):
     assert w.fresh(run, State(created_at="then"), {})["created_at"] == "then"
 
 
+def test_an_attempt_from_the_start_forgets_the_curve_before_it(run):
+    write_whole(run.folder / "state.json", {**run.state().to_record(), "loss_history": [1.0, 2.0], "step": 2})
+    assert records(run)[0].history.points() == []
+    run.add_attempt(from_step=1)
+    assert records(run)[0].history.points() == [1.0]
+
+
 def test_the_best_of_several_validations_and_what_was_skipped(run):
     writer, _ = records(run)
     def evaluated(loss): writer.log(SimpleNamespace(kind="evaluated", step=1, epoch=0.1, tokens=8, loss=loss, parts=[],
