@@ -15,7 +15,7 @@ from llm_trainer.system import process
 from llm_trainer.system.files import (
     Appender, Follower, encode, load_json, log_line, overwrite, parse, plain, read_json, sealed, timestamp, unsealed,
     write_whole)
-from llm_trainer.training.checkpoint import StepFolders
+from llm_trainer.training.checkpoint import Checkpoints, StepFolders
 from llm_trainer.errors import CheckpointError
 
 
@@ -365,6 +365,15 @@ def test_steps_of_any_length(tmp_path):
     (tmp_path / "step-00000009").touch()
     assert StepFolders(tmp_path, "x").steps() == [5, 12345678, 123456789]
     assert StepFolders(tmp_path / "nowhere", "x").steps() == []
+
+
+def test_a_save_wants_room_for_as_much_as_the_last_one_took(tmp_path, monkeypatch):
+    store, wanted = Checkpoints(tmp_path / "x", "x"), []
+    monkeypatch.setattr(store, "require_space", wanted.append)
+    def write(folder): (folder / "model.safetensors").write_bytes(b"weights")
+    for step in (1, 2): store.save(step, write)
+    store.save(3, write, size=99)
+    assert wanted == [0, 7, 99]
 
 
 def test_the_last_row_of_each_step_counts():
