@@ -287,3 +287,10 @@ def test_a_flag_of_another_command_is_pointed_at():
     said = refused("hang", "x", "--title=y", "--opacity=1")
     assert "hang has no flag '--opacity'" in said and "(paint has it.)" in said
     assert "(" not in refused("hang", "x", "--title=y", "--wholly-unknown=1")
+
+
+def test_help_of_one_command_and_of_all(capsys):
+    for argv, begins in ((["help", "paint"], "art paint:"), (["paint", "-h"], "art paint:"), (["help"], "Pictures."),
+                         ([], "Pictures."), (["--help"], "Pictures."), (["--version"], "art 1.2")):
+        assert front.run(argv) == 0 and capsys.readouterr().out.startswith(begins)
+    assert front.run(["hang", "--title=x", "--", "--help"]) == 0 and seen["picture"] == "--help"

@@ -1,4 +1,5 @@
 """What a person reads of a run, word by word: the card, the table, progress lines, comparisons, CSV."""
+import io
 import json
 import os
 import re
@@ -186,6 +187,21 @@ def test_facts_json_and_csv():
 def test_an_age_is_of_a_moment_and_never_below_zero():
     assert [render._age(x) for x in (None, "yesterday", time.time() + 100)] == ["–", "–", "0s ago"]
     assert render._age(time.time() - 3661) == "1h01m ago" and render._age("2020-01-01T00:00:00+00:00").endswith("h ago")
+
+
+def test_a_long_curve_has_24_bars_in_a_card_and_12_in_the_table():
+    def bars(text): return sum(text.count(bar) for bar in "▁▂▃▄▅▆▇█")
+    long = state(loss_history=[float(i) for i in range(60)])
+    assert bars(render.card(long)) == 24 and bars(render.table([long])) == 12
+
+
+def test_what_is_said_is_there_at_once(monkeypatch):
+    class Stream(io.StringIO):
+        seen = ""
+        def flush(self): Stream.seen = self.getvalue()
+    monkeypatch.setattr(render.sys, "stdout", Stream())
+    render.say("a\x07", "b")
+    assert Stream.seen == "a\nb\n"
 
 
 def test_share_is_known_where_the_length_is():

@@ -95,7 +95,7 @@ def test_a_history_goes_on_from_where_the_attempt_begins():
     again = w.History([1.0, 2.0], 4, 4)
     again.add(4, 4.0)
     assert again.means == [[1.0, 1], [3.0, 2]]
-    assert w.History([], 0, 0).most == 60
+    assert w.History([], 0, 0).most == 60 and w.History([1.0, 2.0], 2).points() == []
 
 
 def test_the_pace_is_the_median_step_and_the_mean_speed():
@@ -354,7 +354,7 @@ def test_folders_half_made_are_swept_after_an_hour(tmp_path):
 def test_a_seal_holds_no_number_that_is_none(tmp_path):
     with pytest.raises(ValueError): sealed({"a": math.nan})
     (tmp_path / "x").write_bytes(sealed({"b": 1, "a": [1.5]}))
-    assert unsealed(tmp_path / "x") == {"b": 1, "a": [1.5]}
+    assert unsealed(tmp_path / "x") == {"b": 1, "a": [1.5]} and sealed({"b": 1, "a": 2}) == sealed({"a": 2, "b": 1})
     (tmp_path / "x").write_bytes(sealed({"b": 1, "a": [1.5]}).replace(b"1.5", b"1.6"))
     with pytest.raises(CheckpointError, match="changed after"): unsealed(tmp_path / "x")
 
