@@ -87,8 +87,10 @@ def test_several_devices_are_named_and_the_slowest_told():
     def devices(*ranks, **more):
         text = render.card(state(ranks=list(ranks), **more))
         return next((row[14:] for row in text.splitlines() if row.startswith("  devices ")), None)
-    two = [{"rank": i, "host": "a", "device": f"cuda:{i}", "step_seconds": s} for i, s in enumerate((0.1, 0.25))]
-    assert devices(*two, strategy="ddp") == "2 (cuda:0, cuda:1), ddp · rank 1 is the slowest: 0.25 s a step of its own"
+    two = [{"rank": i, "host": "a", "device": f"cuda:{i}", "step_seconds": s, "waits": 0.6 - 2 * s}
+           for i, s in enumerate((0.1, 0.25))]
+    assert devices(*two, strategy="ddp") == "2 (cuda:0, cuda:1), ddp"
+    assert "rank 1 is the slowest, 0.25 s a step of its own" in render.card(state(ranks=two))
     assert devices(two[0]) is None
     assert devices({"device": "cpu", "host": "a"}, {"device": "cpu", "host": "b"}) == "2 on 2 machines (cpu), ?"
     assert devices(*({"device": f"d{i}"} for i in range(8))) == f"8 ({', '.join(f'd{i}' for i in range(8))}), ?"
