@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from llm_trainer import workspace  # noqa: E402
 from llm_trainer.config import ModelConfig  # noqa: E402
 from llm_trainer.data.batches import write_tokens  # noqa: E402
-from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from llm_trainer.data.tokenizer import Tokenizer, read_otherwise, train_tokenizer  # noqa: E402
 from llm_trainer.errors import CheckpointError, LLMTrainerError, UsageError  # noqa: E402
 from llm_trainer.generation.protocol import Model, completion  # noqa: E402
 from llm_trainer.generation.sampler import prompt_ids  # noqa: E402
@@ -609,3 +609,12 @@ def test_the_plan_of_a_model_of_600_million_parameters_is_quick(space, tmp_path)
     plan = json.loads(ran.stdout)
     assert (plan["parameters"], plan["vocab_size"]) == (596_049_920, 151936)
     assert plan["config"]["model"]["seq_len"] == 512
+
+
+def test_a_folder_that_brings_code_is_not_run_to_see_how_its_tokenizer_reads(tmp_path, monkeypatch):
+    folder = chat_folder(tmp_path / "model", "qwen")
+    (folder / "tok.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: pass\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "other", "auto_map": {"AutoConfig": "tok.Tok"}}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert read_otherwise(folder, Tokenizer.load(folder)) is None and not (tmp_path / "ran").exists()

@@ -280,11 +280,13 @@ def read_otherwise(
     tokenizer:Tokenizer # Its tokenizer
 )->UsageError | None:
     "The refusal of a folder whose class of tokenizer gives other numbers than its tokenizer.json; None: they agree"
-    named = read_json(folder / "tokenizer_config.json", required=False).get("tokenizer_class")
-    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"): return None  # these read the file
+    about = read_json(folder / "tokenizer_config.json", required=False)
+    reads_the_file = about.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    is_code = "auto_map" in {**about, **read_json(folder / "config.json", required=False)}  # which is never run
+    if reads_the_file or is_code: return None
     try:
         from transformers import AutoTokenizer
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids, size, kind = theirs.encode(_PROBE), len(theirs), type(theirs).__name__
     except BaseException as e:  # no class of theirs, so there is nothing to compare; their library also panics
         if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)): raise
