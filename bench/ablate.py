@@ -8,27 +8,25 @@ are over. Prints one JSON object a run, then one that holds for each change its 
 the recipe as it is. A change that helps at this length needn't at another: repeat what is to be kept with
 `bench/corpus.py`.
 """
-import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-import torch
 
-from llm_trainer.config import all_settings, load_config
 from llm_trainer.model import transformer
 from llm_trainer.model.transformer import GPT
 from llm_trainer.training import optimizer
 from llm_trainer.training.optimizer import AdamW, Muon, Optimizers, build_optimizer
 
 import corpus
-from corpus import QUIET, SHAPE, learn, prepare
+from corpus import arguments, configured, learn, prepare
 
 
 class CautiousMuon(Muon):
@@ -83,61 +81,55 @@ untied = patch.object(corpus, "GPT", partial(GPT, tied=False))
 def rates(**kw): return patch.object(corpus, "build_optimizer", partial(own_rates, **kw))
 
 
-CHANGES = {  # name → settings, and what is put in the place of something else
-    "as it is": ({}, []),
-    "rows not levelled": ({}, [patch.object(Muon, "levels", False)]),
-    "momentum 0.95 throughout": ({}, [patch.object(optimizer, "momentum_at", lambda step, factor: 0.95)]),
-    "fall over the last 0.2": (dict(decay_fraction=0.2), []),
-    "fall over the last 0.65": (dict(decay_fraction=0.65), []),
-    "fall from the start": (dict(decay_fraction=1.0), []),
-    "projections begin as zero": ({}, [patch.object(transformer, "init_std", zero_projections)]),
-    "cautious weight decay": ({}, [patch.object(optimizer, "Muon", CautiousMuon)]),
-    "no weight decay": (dict(weight_decay=0.0), []),
-    "own head": ({}, [untied]),
-    "own head, embedding x 30": ({}, [untied, rates(embedding=30)]),
-    "tied, embedding x 3": ({}, [rates(embedding=3)]),
-    "documents at window starts": ({}, [at_window_starts]),
-    "gradient clipped at 1": (dict(grad_clip=1.0), []),
-    "batch of 64": (dict(batch_size=64), []),
-    "half as many key heads": (dict(n_kv_head=2), []),
-    "Muon's rate x 0.5": (dict(muon_lr=5e-3), []),
-    "Muon's rate x 2": (dict(muon_lr=2e-2), []),
-    "AdamW's rate x 0.5": (dict(lr=3e-3), []),
-    "AdamW's rate x 2": (dict(lr=1.2e-2), []),
-    "gpt2's blocks": (dict(arch="gpt2"), []),
-    "AdamW for all": (dict(optimizer="adamw", lr=2e-3), []),
+class Change(NamedTuple):
+    "What a run differs in"
+    settings: dict = {}
+    patches: tuple = ()  # what is put in the place of something else
+    arrange: Callable = lambda tokens, length, separator: tokens  # of the training text
+
+
+CHANGES = {
+    "as it is": Change(),
+    "rows not levelled": Change(patches=(patch.object(Muon, "levels", False),)),
+    "momentum 0.95 throughout": Change(patches=(patch.object(optimizer, "momentum_at", lambda step, factor: 0.95),)),
+    "fall over the last 0.2": Change(dict(decay_fraction=0.2)),
+    "fall over the last 0.65": Change(dict(decay_fraction=0.65)),
+    "fall from the start": Change(dict(decay_fraction=1.0)),
+    "projections begin as zero": Change(patches=(patch.object(transformer, "init_std", zero_projections),)),
+    "cautious weight decay": Change(patches=(patch.object(optimizer, "Muon", CautiousMuon),)),
+    "no weight decay": Change(dict(weight_decay=0.0)),
+    "own head": Change(patches=(untied,)),
+    "own head, embedding x 30": Change(patches=(untied, rates(embedding=30))),
+    "tied, embedding x 3": Change(patches=(rates(embedding=3),)),
+    "documents at window starts": Change(arrange=at_window_starts),
+    "gradient clipped at 1": Change(dict(grad_clip=1.0)),
+    "batch of 64": Change(dict(batch_size=64)),
+    "half as many key heads": Change(dict(n_kv_head=2)),
+    "Muon's rate x 0.5": Change(dict(muon_lr=5e-3)),
+    "Muon's rate x 2": Change(dict(muon_lr=2e-2)),
+    "AdamW's rate x 0.5": Change(dict(lr=3e-3)),
+    "AdamW's rate x 2": Change(dict(lr=1.2e-2)),
+    "gpt2's blocks": Change(dict(arch="gpt2")),
+    "AdamW for all": Change(dict(optimizer="adamw", lr=2e-3)),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(torch.__file__).parents[1])
-    parser.add_argument("--folder", type=Path, default=Path("data/py-corpus"))
-    parser.add_argument("--config", default="qwen3-124m")
-    parser.add_argument("--tokens", type=float, default=16e6)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser = arguments(__doc__, 16e6, [1, 2], ["n_layer=8", "n_embd=512", "n_head=4", "grad_clip=0", "warmup_steps=20"])
     parser.add_argument("--seconds", type=float, default=600, help="no run begins later")
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES), metavar="NAME")
-    parser.add_argument("--set", nargs="*", metavar="NAME=VALUE", help="the recipe's other settings",
-                        default=["n_layer=8", "n_embd=512", "n_head=4", "grad_clip=0", "warmup_steps=20"])
     args = parser.parse_args()
-    began = time.monotonic()
-    recipe = {name: all_settings()[name].parse(value) for name, _, value in (pair.partition("=") for pair in args.set)}
-    config = load_config(args.config).replace(**QUIET | SHAPE | recipe | dict(batch_size=args.batch_size,
-                                                                              grad_accum_steps=1))
+    began, config = time.monotonic(), configured(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer, train, val = prepare(args.root, args.folder, 1.5 * args.tokens)
     found: dict[str, list[float]] = {}
     for seed in args.seeds:
         for name in args.only:
             if time.monotonic() - began > args.seconds: break
-            settings, patches = CHANGES[name]
+            settings, patches, arrange = CHANGES[name]
             with ExitStack() as stack:
-                for p in patches:
-                    if p is not at_window_starts: stack.enter_context(p)
-                text = train
-                if at_window_starts in patches: text = at_window_starts(train, config.model.seq_len, tokenizer.eot_id)
+                for p in patches: stack.enter_context(p)
+                text = arrange(train, config.model.seq_len, tokenizer.eot_id)
                 row = learn(config.replace(seed=seed, **settings), tokenizer, text, val, args.tokens)
             found.setdefault(name, []).append(row["bits_per_byte"])
             print(json.dumps(dict(change=name, **row)), flush=True)

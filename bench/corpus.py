@@ -112,21 +112,36 @@ def learn(config: Config, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarr
                 device=resolution.device_name, seed=t.seed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str, tokens: float, seeds: list[int], settings: list[str]) -> argparse.ArgumentParser:
+    "What is read, and which model learns from it"
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(torch.__file__).parents[1])
     parser.add_argument("--folder", type=Path, default=Path("data/py-corpus"))
     parser.add_argument("--config", default="qwen3-124m")
-    parser.add_argument("--tokens", type=float, default=30e6)
+    parser.add_argument("--tokens", type=float, default=tokens)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--grad-accum-steps", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--set", nargs="*", default=settings, metavar="NAME=VALUE", help="other settings")
+    return parser
+
+
+def chosen(pairs: list[str]) -> dict:
+    "Settings by name, from `NAME=VALUE`"
+    return {name: all_settings()[name].parse(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def configured(args: argparse.Namespace) -> Config:
+    "The config that the arguments ask for"
+    return load_config(args.config).replace(**QUIET | SHAPE | dict(
+        batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps) | chosen(args.set))
+
+
+def main() -> None:
+    parser = arguments(__doc__, 30e6, [1], [])
     parser.add_argument("--prepare-only", action="store_true", help="make the corpus and its tokens, and stop")
     args = parser.parse_args()
-    more = {name: all_settings()[name].parse(value) for name, _, value in (pair.partition("=") for pair in args.set)}
-    config = load_config(args.config).replace(**QUIET | SHAPE | dict(
-        batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps) | more)
+    config = configured(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     prepared = prepare(args.root, args.folder, args.tokens)
     if args.prepare_only: return

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llm_trainer.config import all_settings, load_config
+from llm_trainer.config import load_config
 from llm_trainer.data.batches import Windows
 from llm_trainer.device import resolve
 from llm_trainer.model.cost import flops_per_token
 
+from corpus import chosen
 from train import QUIET, matmul_step, our_step
 
 FAMILIES = {  # the first word found in a kernel's name decides
@@ -85,6 +86,5 @@ if __name__ == "__main__":
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
     parser.add_argument("--names", type=int, default=12, help="how many kernels to name")
     args = parser.parse_args()
-    more = {name: all_settings()[name].parse(value) for name, _, value in (pair.partition("=") for pair in args.set)}
     print(json.dumps(measure(args.config, args.steps, args.names, batch_size=args.batch_size,
-                             grad_accum_steps=args.grad_accum_steps, **more), indent=1))
+                             grad_accum_steps=args.grad_accum_steps, **chosen(args.set)), indent=1))
