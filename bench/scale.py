@@ -101,7 +101,7 @@ def measure(args) -> None:
 
 
 def predict(config, sequences: int, worlds: list[int], strategy: str, micro: int, flops: float,
-            device_name: str) -> list[dict]:
+            device_name: str, hold: bool = True) -> list[dict]:
     "What the model of a step's time says"
     from llm_trainer.training.scaling import step_time, wires_of
     vocab, rows = -(-config.data.vocab_size // 64) * 64, []
@@ -109,7 +109,7 @@ def predict(config, sequences: int, worlds: list[int], strategy: str, micro: int
     for world in worlds:
         n = max(sequences, world)  # a device has one sequence at least
         found = step_time(config.model, vocab, n, world, flops, wires_of(device_name), micro, strategy,
-                          config.training.optimizer)
+                          config.training.optimizer, hold)
         rate = n * config.model.seq_len / found.total
         rows.append(dict(world=world, strategy=strategy, sequences=n, step_ms=round(found.total * 1e3, 2),
                          sent_ms=round(found.sent * 1e3, 2), waited=round(found.waited / found.total, 4),
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--flops", type=float, default=430e12, help="of one device in training, for --predict")
     parser.add_argument("--device-name", default="H100", help="whose wires --predict assumes")
-    parser.add_argument("--no-hold", action="store_true", help="fsdp: send gradients after each micro-batch")
+    parser.add_argument("--no-hold", action="store_true", help="fsdp: blocks are whole only while they compute")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
     if args.predict:
         for strategy in args.strategy.split(","):
             for row in predict(settings(args), args.sequences, [1, 2, 8, 64, 1024], strategy, args.micro, args.flops,
-                               args.device_name):
+                               args.device_name, not args.no_hold):
                 print(json.dumps(row))
         return
     one = None
@@ -160,7 +160,7 @@ def main() -> None:
             found["share_of_linear"] = round(gain / (world / one["world"]), 4)
             if world > 1 and one["world"] == 1:
                 (foretold,) = predict(settings(args), args.sequences, [world], strategy, args.micro,
-                                      one["flops_per_device"], found["device"])
+                                      one["flops_per_device"], found["device"], not args.no_hold)
                 found["foretold"] = {name: foretold[name] for name in ("step_ms", "waited", "share_of_linear")}
             print(json.dumps(found), flush=True)
 

@@ -131,6 +131,8 @@ def one(root):
 def two(root, one):
     return live_together(root, 2, [*lives(QUICK, 2), *cuts("fsdp", 5),
                                    dict(name="journey", stop=9, changes=dict(strategy="fsdp")),
+                                   dict(name="roomless", epochs=2, memory=2**20,
+                                        changes=QUIET | CASES["short"] | dict(strategy="fsdp")),
                                    dict(name="hindered", changes=QUIET | dict(strategy="ddp"), slow={"1": 0.2})])
 
 
@@ -171,6 +173,15 @@ def test_the_same_training(lived, world, case, strategy):
     assert max(abs(a - b) for a, b in zip(losses(alone), losses(life))) < far
     assert max(abs(a - b) for a, b in zip(alone["val"], life["val"])) < far / 10
     assert not told["sample_every"] or len(life["samples"]) == 2 and life["samples"] == alone["samples"]
+
+
+def test_where_memory_is_short_a_block_is_whole_only_while_it_computes(one, two):
+    (alone,), (life,) = one["short-auto-1"], two["roomless"]
+    assert any("whole only while it computes" in note for note in life["notes"]) and life["kinds"] == alone["kinds"]
+    assert not any("whole only" in note for name, (other, *_) in two.items() if name != "roomless"
+                   for note in other["notes"])
+    assert max(abs(a - b) for a, b in zip(losses(alone), losses(life))) < 1e-5
+    assert max(abs(a - b) for a, b in zip(alone["val"], life["val"])) < 1e-6 and life["samples"] == alone["samples"]
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])

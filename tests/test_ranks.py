@@ -163,14 +163,15 @@ def test_the_bytes_on_the_wires_are_those_of_a_calculation_by_hand():
     cfg = ModelConfig(arch="gpt2", n_layer=2, n_head=2, n_embd=32, n_hidden=128, seq_len=16)
     table = parameter_table(cfg, 64)
     hidden, rest = table["attention"] + table["mlp"], sum(table.values()) - table["attention"] - table["mlp"]
-    def sent(strategy, world=8, optimizer="adamw", rounds=1):
-        return step_time(cfg, 64, world * 4 * rounds, world, 1e9, wires, 4, strategy, optimizer).sent
+    def sent(strategy, world=8, optimizer="adamw", rounds=1, hold=True):
+        return step_time(cfg, 64, world * 4 * rounds, world, 1e9, wires, 4, strategy, optimizer, hold).sent
     def near(seconds): return pytest.approx(seconds, rel=1e-9)
     share = 7 / 8 / 100
     assert sent("ddp") == sent("ddp", rounds=3) == near(2 * share * 4 * (hidden + rest))  # gradients, once a step
-    gathered = share * (2 * 2 * hidden + 4 * rest)  # forward and backward in bfloat16; the rest once, in float32
-    assert sent("fsdp") == near(gathered + share * 4 * (hidden + rest))
-    assert sent("fsdp", rounds=3) == near(3 * gathered + share * 4 * (hidden + rest))
+    gathered = share * (2 * hidden + 4 * rest)  # blocks in bfloat16; the rest in float32
+    reduced = share * 4 * (hidden + rest)
+    assert sent("fsdp") == sent("fsdp", rounds=3) == near(gathered + reduced)
+    assert sent("fsdp", rounds=3, hold=False) == near(3 * (gathered + share * 2 * hidden + reduced))  # backward, too
     assert sent("ddp", optimizer="muon") - sent("ddp") == near(share * 2 * hidden)
     assert sent("fsdp", optimizer="muon") - sent("fsdp") == near(2 * share * 2 * hidden / 8)  # there and back
     assert sent("ddp", 16, "muon") - sent("ddp", 16) == near(share * 2 * hidden + 1 / 2 * 2 * hidden / 8 / 10)

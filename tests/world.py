@@ -48,6 +48,16 @@ def hindered(seconds: float):
     finally: GPT.loss = loss
 
 
+@contextmanager
+def roomless(memory: int | None):
+    "Inside it a device has that many bytes"
+    from llm_trainer.training import recipe
+    known = recipe.total_memory
+    if memory is not None: recipe.total_memory = lambda device: memory
+    try: yield
+    finally: recipe.total_memory = known
+
+
 def live(group, space, lives: list[dict]) -> dict[str, list[dict]]:
     "Lives each of `lives`; what came of them at rank 0, by name"
     from llm_trainer.config import load_config
@@ -60,9 +70,10 @@ def live(group, space, lives: list[dict]) -> dict[str, list[dict]]:
         meta = group.share(json.loads(known.read_text()) if group.first and known.exists() else None)
         config = load_config("tiny").replace(threads=1, **life.get("changes", {}))
         attempt = dict(target_epochs=life.get("epochs", 1), target_steps=config.training.max_steps or None)
-        with hindered(life.get("slow", {}).get(str(group.rank), 0)):
-            events = list(train(name, config, attempt, space, meta, after(life.get("stop")), group=group))
-        told = {kind: [e for e in events if e.kind == kind] for kind in ("step", "evaluated", "sampled", "note")}
+        with hindered(life.get("slow", {}).get(str(group.rank), 0)), roomless(life.get("memory")):
+            said = []
+            events = list(train(name, config, attempt, space, meta, after(life.get("stop")), said.append, group))
+        told = {kind: [e for e in events if e.kind == kind] for kind in ("step", "evaluated", "sampled")}
         mine = dict(steps=[dict(loss=e.loss.hex(), lr=e.lr, tokens=e.tokens) for e in told["step"]],
                     status=events[-1].status, kinds=[e.kind for e in events if e.kind not in ("note", "sampled")],
                     val=[e.loss for e in told["evaluated"]],
@@ -72,7 +83,7 @@ def live(group, space, lives: list[dict]) -> dict[str, list[dict]]:
         known.write_text(json.dumps(next(e.meta for e in events if e.kind == "prepared")))
         folder = Checkpoints(space.checkpoints / name, name).select("latest")
         found.setdefault(name, []).append(mine | dict(weights=weights_hash(folder), folder=str(folder), others=others,
-            samples=[e.text for e in told["sampled"]], notes=[e.message for e in told["note"]]))
+            samples=[e.text for e in told["sampled"]], notes=[e.message for e in said if e.kind == "note"]))
     return found
 
 

@@ -44,11 +44,12 @@ def estimate(
     ends = [epoch and epoch * config.training.epochs, config.training.max_steps]
     steps = min(filter(None, ends), default=None)
     spread = _spread(config, vocab, resolution, group)
-    memory, available = spread["memory"], spread.pop("available")
+    memory, available, hold = spread["memory"], spread.pop("available"), spread.pop("hold")
     fits = memory["total"] < available
     speed = _speed(config, vocab, parameters, resolution) if fits else None
     waited = 0.0
-    if speed and group.world > 1: speed, waited = _together(config, vocab, resolution, group, spread["strategy"], speed)
+    if speed and group.world > 1:
+        speed, waited = _together(config, vocab, resolution, group, spread["strategy"], hold, speed)
     return {"config": config.to_dict(), "changed": {k: new for k, (_, new) in differences(config).items()},
             "device": resolution.to_dict(), "devices": taken, **spread, "memory_available": available,
             "vocab_size": vocab,
@@ -66,13 +67,15 @@ def _spread(config, vocab: int, resolution, group) -> dict:
     t = config.training
     micro, rounds = deal(t.batch_size, t.grad_accum_steps, group.world)
     strategy, hold, why = how_to_spread(config, vocab, resolution, group)
-    shared = {"shards": group.local_world, "whole_gradients": hold and rounds > 1} if strategy == "fsdp" else {}
+    shared = {"shards": group.local_world, "hold": hold} if strategy == "fsdp" else {}
     memory = memory_estimate(config.model, vocab, micro, t.optimizer, resolution.dtype, resolution.device, **shared)
     on_one = group.local_world if resolution.device == "cpu" else 1  # processes that share a device's memory
-    return {"strategy": strategy, "why": why, "memory": memory, "available": resolution.memory_bytes // on_one}
+    return {"strategy": strategy, "hold": hold, "why": why, "memory": memory,
+            "available": resolution.memory_bytes // on_one}
 
 
-def _together(config, vocab: int, resolution, group, strategy: str, speed: float) -> tuple[float, float]:
+def _together(config, vocab: int, resolution, group, strategy: str, hold: bool,
+              speed: float) -> tuple[float, float]:
     "Tokens a second of all devices, where one alone makes `speed`, and the share of time spent waiting"
     from llm_trainer.config import deal
     from llm_trainer.model.cost import flops_per_token
@@ -84,7 +87,7 @@ def _together(config, vocab: int, resolution, group, strategy: str, speed: float
     each = speed * flops_per_token(config.model, vocab) / sharing
     sequences = t.batch_size * t.grad_accum_steps
     found = step_time(config.model, vocab, sequences, group.world, each, wires,
-                      deal(t.batch_size, t.grad_accum_steps, group.world)[0], strategy, t.optimizer)
+                      deal(t.batch_size, t.grad_accum_steps, group.world)[0], strategy, t.optimizer, hold)
     return sequences * config.model.seq_len / found.total, found.waited / found.total
 
 

@@ -71,7 +71,7 @@ def memory_estimate(
     dtype:str="bfloat16", # Compute dtype; weights stay fp32
     device:str="cuda", # cuda, mps or cpu
     shards:int=1, # Devices that share weights, gradients and optimizer state
-    whole_gradients:bool=False # Whether each of them keeps the gradients of all while it accumulates
+    hold:bool=False # Whether each of them keeps all blocks and all gradients whole during a step
 )->dict[str, int]: # Bytes: weights, gradients, optimizer, activations, total
     "The memory that one training step needs on a device"
     V, C, rows, h = -(-vocab_size // 64) * 64, cfg.n_embd, batch_size * cfg.seq_len, 4 if dtype == "float32" else 2
@@ -86,9 +86,10 @@ def memory_estimate(
                  optimizer=4 * (2*parameters - (matrices if optimizer == "muon" else 0)))
     if shards > 1:
         parts = {name: size if name == "activations" else size // shards for name, size in parts.items()}
-        # outside of blocks; two blocks, with gradients
-        joined = 4 * (parameters - matrices) + 2 * 2*h * matrices // cfg.n_layer
+        # outside of blocks; two blocks, or all, with the gradients of two
+        two = 2 * h * matrices // cfg.n_layer
+        joined = 4 * (parameters - matrices) + two + (h * matrices if hold else two)
         # the copies in the compute dtype go with their block
         parts["activations"] += joined - copies + copies // cfg.n_layer
-        if whole_gradients: parts["gradients"] = 4*parameters
+        if hold: parts["gradients"] = 4*parameters
     return parts | dict(total=sum(parts.values()))

@@ -203,7 +203,7 @@ class _Loss(nn.Module):
 
 # %% ../../nbs/07a_distributed.ipynb #1e93b2d9
 class Sharded(Replicated):
-    "FSDP2: each device holds a share of every matrix and of its optimizer state; a block is whole while it computes"
+    "FSDP2: each device holds a share of every matrix and of its optimizer state, and has a block whole to compute with"
     strategy = "fsdp"
 
     def __init__(self,
@@ -211,27 +211,31 @@ class Sharded(Replicated):
         group:Group, # The processes that train it
         compile:bool, # Whether its blocks are compiled
         dtype:str, # Number format of the matrix products, in which blocks are put together
-        hold:bool, # Whether whole gradients are kept until the last micro-batch
+        hold:bool, # Whether what is whole stays so until the last micro-batch: blocks and their gradients
         mesh # The devices: a row to share within, or several rows that hold copies
     ):
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
                                     reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
             if compile: block.compile(dynamic=False)
-            fully_shard(block, mesh=mesh, mp_policy=half)
+            fully_shard(block, mesh=mesh, mp_policy=half, reshard_after_forward=not hold)
         model.training_loss = fast_loss(model, dtype, model) if compile else model.loss
         fully_shard(model, mesh=mesh)
         for method in "training_loss", "loss": register_fsdp_forward_method(model, method)
         self.model, self.group, self.hold, self._inner = model, group, hold, model.training_loss
+        self._parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._spans = deque(maxlen=self.SPANS)
         self.loss = _Loss(self)
 
-    def rest(self): self.model.reshard() # backward would have done it
+    def rest(self):
+        for part in self._parts: part.reshard() # backward would have done it
 
     def before(self, k, n):
         self._clock(k, n)
-        self.model.set_requires_gradient_sync(k == n - 1 or not self.hold)
+        last = k == n - 1 or not self.hold
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_reshard_after_backward(last)
 
 # %% ../../nbs/07a_distributed.ipynb #47fa430b
 def lay_out(
@@ -241,7 +245,7 @@ def lay_out(
     device:torch.device, # This rank's
     compile:bool=False, # Whether its blocks are compiled
     dtype:str="float32", # Number format of the matrix products
-    hold:bool=True # fsdp: keep whole gradients until the last micro-batch
+    hold:bool=True # fsdp: what is whole stays so until the last micro-batch
 )->Alone:
     "The model where it is to be trained"
     if strategy == "none": return Alone(model.to(device), group, compile, dtype)

@@ -104,14 +104,14 @@ class HeadLoss(torch.autograd.Function):
 
 # %% ../../nbs/06a_fast.ipynb #a110c1ad
 def fast_loss(
-    model:GPT, # On its device, in training mode
+    model:GPT, # In training mode
     dtype:str, # Compute dtype: float32, bfloat16 or float16
     twin:GPT|None=None # The model with compiled blocks, where there is one
 )->Callable: # `loss(tokens, targets, reduction)`, as the model's own
     "The model's loss with compiled blocks and, on a GPU in bfloat16, the head and loss in one"
     twin = twin or compiled_twin(model)
-    if not (triton and model.head.is_cuda and dtype == "bfloat16"): return twin.loss
     def loss(tokens:Tensor, targets:Tensor, reduction:str="mean") -> Tensor:
+        if not (triton and tokens.is_cuda and dtype == "bfloat16"): return twin.loss(tokens, targets, reduction)
         h = twin.hidden(tokens).flatten(0, 1).bfloat16()
         total = HeadLoss.apply(h, twin.head, targets.flatten(), twin.vocab_size)
         return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)

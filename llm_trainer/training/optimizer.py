@@ -74,8 +74,13 @@ class NoCompilerHooks:
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 class AdamW(NoCompilerHooks, torch.optim.AdamW):
-    "`torch.optim.AdamW`"
+    "`torch.optim.AdamW`; of a tensor that is spread over devices, each changes its own part"
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def _init_group(self, group:dict, *lists:list) -> bool:
+        found = super()._init_group(group, *lists)
+        for tensors in lists: tensors[:] = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        return found
 
 # %% ../../nbs/06_optimizer.ipynb #1fc03122
 def momentum_at(

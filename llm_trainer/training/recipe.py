@@ -222,7 +222,7 @@ def how_to_spread(
     vocab_size:int, # Tokens
     resolution:Resolution, # Whose memory is to hold it
     group:Group # The processes that share it
-)->tuple[str, bool, str]: # none, ddp or fsdp; whether gradients are held until the last micro-batch; why
+)->tuple[str, bool, str]: # none, ddp or fsdp; whether what is whole stays so in a step; why
     "How the model is laid over the devices"
     t = config.training
     micro, rounds = deal(t.batch_size, t.grad_accum_steps, group.world)
@@ -230,9 +230,9 @@ def how_to_spread(
         return memory_estimate(config.model, vocab_size, micro, t.optimizer, resolution.dtype, resolution.device, **how)
     available = resolution.memory_bytes // (group.local_world if resolution.device == "cpu" else 1)
     strategy, why = choose(t.strategy, group.world, needs(), available)
-    hold = strategy != "fsdp" or needs(shards=group.local_world, whole_gradients=rounds > 1)["total"] < 0.9 * available
-    sent = "" if hold else ", gradients sent after each"
-    return strategy, hold, f"{why}; micro-batches of {micro}, {rounds} a step{sent}"
+    hold = strategy != "fsdp" or needs(shards=group.local_world, hold=True)["total"] < 0.9 * available
+    whole = "" if hold else ", a block whole only while it computes"
+    return strategy, hold, f"{why}; micro-batches of {micro}, {rounds} a step{whole}"
 
 
 def spread_out(

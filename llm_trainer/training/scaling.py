@@ -84,7 +84,8 @@ def step_time(
     wires:Wires, # What connects them
     micro:int=32, # Sequences of a micro-batch
     strategy:str="ddp", # ddp or fsdp
-    optimizer:str="adamw" # adamw or muon
+    optimizer:str="adamw", # adamw or muon
+    hold:bool=True # fsdp: what is whole stays so until the last micro-batch
 )->StepTime:
     "What a step would take"
     table = parameter_table(cfg, vocab_size)
@@ -98,9 +99,10 @@ def step_time(
         blocks = 0.0
     else:
         def gather(size): return all_gather_seconds(size, inside, wires)
-        blocks = rounds * (2 * gather(2 * hidden) + gather(4 * (parameters - hidden)))
+        times = 1 if hold else rounds
+        blocks = times * ((1 if hold else 2) * gather(2 * hidden) + gather(4 * (parameters - hidden)))
         between = 2 * (machines - 1) / machines * 4 * parameters / inside / wires.outside
-        gradients = gather(4 * parameters) + between
+        gradients = times * (gather(4 * parameters) + between)
     updates = 0.0
     if optimizer == "muon":
         there_and_back = 2 * all_gather_seconds(2 * hidden / inside, inside, wires) # each has a share to exchange
