@@ -88,7 +88,7 @@ QUIET = dict(eval_every=0, save_every=0, sample_every=0, max_steps=12)
 CASES = {"short": dict(batch_size=4, grad_accum_steps=2, max_steps=16, eval_every=8, sample_every=8),
          "gpt2": dict(max_steps=50, eval_every=25, sample_every=25), "qwen3": dict(arch="qwen3"),
          "accumulation": dict(batch_size=4, grad_accum_steps=4), "muon": dict(arch="qwen3", optimizer="muon"),
-         "narrow": dict(dtype="bfloat16")}  # blocks come in it, norms among them
+         "narrow": dict(dtype="bfloat16")}
 QUICK = {1: ["short auto", "muon auto", "narrow auto"], 2: ["short ddp", "muon fsdp", "narrow fsdp"]}
 SLOW = {1: ["gpt2 auto", "qwen3 auto", "accumulation auto"], 4: ["gpt2 ddp", "qwen3 fsdp", "muon ddp"],
         2: ["gpt2 ddp", "gpt2 fsdp", "accumulation ddp", "accumulation fsdp", "muon ddp"],
@@ -132,7 +132,8 @@ def two(root, one):
     return live_together(root, 2, [*lives(QUICK, 2), *cuts("fsdp", 5),
                                    dict(name="journey", stop=9, changes=dict(strategy="fsdp")),
                                    dict(name="roomless", epochs=2, memory=2**20,
-                                        changes=QUIET | CASES["short"] | dict(strategy="fsdp")),
+                                        changes=QUIET | CASES["narrow"] | dict(batch_size=4, grad_accum_steps=2,
+                                                                               strategy="fsdp")),
                                    dict(name="hindered", changes=QUIET | dict(strategy="ddp"), slow={"1": 0.2})])
 
 
@@ -176,12 +177,13 @@ def test_the_same_training(lived, world, case, strategy):
 
 
 def test_where_memory_is_short_a_block_is_whole_only_while_it_computes(one, two):
-    (alone,), (life,) = one["short-auto-1"], two["roomless"]
+    "And comes in bfloat16, norms among it"
+    (alone,), (life,) = one["narrow-auto-1"], two["roomless"]
     assert any("whole only while it computes" in note for note in life["notes"]) and life["kinds"] == alone["kinds"]
     assert not any("whole only" in note for name, (other, *_) in two.items() if name != "roomless"
                    for note in other["notes"])
-    assert max(abs(a - b) for a, b in zip(losses(alone), losses(life))) < 1e-5
-    assert max(abs(a - b) for a, b in zip(alone["val"], life["val"])) < 1e-6 and life["samples"] == alone["samples"]
+    assert max(abs(a - b) for a, b in zip(losses(alone), losses(life))) < 5e-3
+    assert max(abs(a - b) for a, b in zip(alone["val"], life["val"])) < 5e-4
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])

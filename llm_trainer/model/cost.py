@@ -86,10 +86,10 @@ def memory_estimate(
                  optimizer=4 * (2*parameters - (matrices if optimizer == "muon" else 0)))
     if shards > 1:
         parts = {name: size if name == "activations" else size // shards for name, size in parts.items()}
-        # outside of blocks; two blocks, or all, with the gradients of two
-        two = 2 * h * matrices // cfg.n_layer
-        joined = 4 * (parameters - matrices) + two + (h * matrices if hold else two)
-        # the copies in the compute dtype go with their block
-        parts["activations"] += joined - copies + copies // cfg.n_layer
-        if hold: parts["gradients"] = 4*parameters
+        if hold:
+            parts["activations"] += 4*parameters
+            parts["gradients"] += 4*parameters
+        else: # outside of blocks; two blocks, with gradients, and the copies in the compute dtype go with their block
+            joined = 4 * (parameters - matrices) + 2 * 2*h * matrices // cfg.n_layer
+            parts["activations"] += joined - copies + copies // cfg.n_layer
     return parts | dict(total=sum(parts.values()))

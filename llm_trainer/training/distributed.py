@@ -210,12 +210,12 @@ class Sharded(Replicated):
         model:nn.Module, # On the CPU
         group:Group, # The processes that train it
         compile:bool, # Whether its blocks are compiled
-        dtype:str, # Number format of the matrix products, in which blocks are put together
-        hold:bool, # Whether what is whole stays so until the last micro-batch: blocks and their gradients
+        dtype:str, # Number format of the matrix products
+        hold:bool, # Whether blocks and gradients stay whole, in float32, until the last micro-batch
         mesh # The devices: a row to share within, or several rows that hold copies
     ):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bfloat16" and not hold else None,
                                     reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
             if compile: block.compile(dynamic=False)

@@ -64,10 +64,9 @@ class StepTime:
     compute: float # Arithmetic of one device
     sent: float # Collectives, laid end to end
     waited: float # Of them, what is not hidden behind arithmetic
-    optimizer: float = 0.0 # The update of the weights
 
     @property
-    def total(self)->float: return self.compute + self.waited + self.optimizer
+    def total(self)->float: return self.compute + self.waited
 
     @property
     def efficiency(self)->float: # 1: the devices never wait for each other
@@ -100,13 +99,13 @@ def step_time(
     else:
         def gather(size): return all_gather_seconds(size, inside, wires)
         times = 1 if hold else rounds
-        blocks = times * ((1 if hold else 2) * gather(2 * hidden) + gather(4 * (parameters - hidden)))
+        blocks = times * gather(4 * parameters) # blocks: or twice in half the bytes
         between = 2 * (machines - 1) / machines * 4 * parameters / inside / wires.outside
         gradients = times * (gather(4 * parameters) + between)
     updates = 0.0
     if optimizer == "muon":
         there_and_back = 2 * all_gather_seconds(2 * hidden / inside, inside, wires) # each has a share to exchange
         updates = all_gather_seconds(2 * hidden, world, wires) if strategy == "ddp" else there_and_back
-    hideable = compute / rounds * 2 / 3
-    waited = max(0.0, gradients - hideable) + max(0.0, blocks - compute) + updates
+    first = compute / (rounds if hold else 1) # where it is sent once a step: behind one micro-batch
+    waited = max(0.0, gradients - first * 2 / 3) + max(0.0, blocks - (first / 3 if hold else first)) + updates
     return StepTime(compute, gradients + blocks + updates, waited)
