@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,28 @@ def test_a_step_pruned_while_others_are_read_is_not_damaged(store):
     gone = store.steps()[1]
     found = store.verify(lambda *how_far: shutil.rmtree(store.path(gone), ignore_errors=True))
     assert gone not in found and not any(found.values())
+
+
+def test_a_manifest_says_of_which_format_it_is(store):
+    manifest = json.loads((store.path(30) / "manifest.json").read_text())
+    assert manifest["format_version"] == 1 and (manifest["run_id"], manifest["step"]) == ("calm-heron-0001", 30)
+
+
+def test_an_old_step_that_can_not_be_removed_is_said_in_a_few_words(store, monkeypatch):
+    said = []
+    store.emit = said.append
+    blocked = store.folder / f".tmp-{step_name(10)}"
+    real = os.rename
+    def rename(source, target):
+        if Path(target) == blocked:  # as if another process had just put something there
+            blocked.mkdir()
+            (blocked / "file").write_text("in the way")
+        real(source, target)
+    monkeypatch.setattr(os, "rename", rename)
+    store.save(40, content(40))
+    assert [e.message for e in said if e.kind == "note"] == [
+        f"An old checkpoint in {store.folder} could not be removed: Directory not empty."]
+    assert store.steps()[-1] == 40
 
 
 def test_keep_zero_keeps_all(tmp_path):

@@ -142,6 +142,9 @@ def test_a_pid_says_nothing_about_being_alive(runs):
     assert run.status().status == "crashed"
 
 
+def test_a_run_says_its_name(runs): assert repr(create_run(runs, CONFIG, "a")) == "Run(a)"
+
+
 def test_energy_is_that_of_the_gpus_that_train():
     from llm_trainer.runs.writer import _gpus
     assert _gpus(["cuda:0", "cuda:2"]) == (0, 2) and _gpus(["cuda:1"]) == (1,) and _gpus(["cuda"]) == (0,)
