@@ -96,6 +96,11 @@ def test_devices_are_chosen_and_refused(tmp_path, monkeypatch):
     assert choose_devices("0,2", gpu, tmp_path) == ["cuda:0", "cuda:2"]
     assert choose_devices("auto", gpu, tmp_path) == ["cuda:0", "cuda:1", "cuda:2"]
     assert lock_names(["cuda:2"], gpu) == ["GPU-c"]
+    here = lock_names(["cpu", "cpu"], cpu)
+    assert here == lock_names([], cpu) and len(here) == 1
+    with monkeypatch.context() as elsewhere:  # several machines may share a workspace
+        elsewhere.setattr(process, "boot_id", lambda: "another machine's")
+        assert lock_names(["cpu"], cpu) != here
     for wrong in ("4", "0,3", "1,1"):
         with pytest.raises(UsageError): choose_devices(wrong, gpu, tmp_path)
     with pytest.raises(UsageError, match="can't share 5 sequences"): launch.take_devices("2", {"training": dict(

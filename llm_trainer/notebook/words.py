@@ -50,7 +50,7 @@ def advice(
     if state.status == "crashed":
         return f"Its process is gone: killed, out of memory, or the machine went down. {saved} {again}."
     if state.status == "stalled":
-        return "It is alive and has made no progress for a while. Its log may say why; stop ends it."
+        return "It has made no progress for a while. Its log may say why; stop ends it."
     if state.status == "stopped": return f"{saved} {again}."
     if state.status == "completed":
         return "It reached its target. Press + epochs to train it further, generate to read it."

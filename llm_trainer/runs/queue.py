@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,14 @@ def choose_devices(
 
 
 def lock_names(devices: list[str], config: dict[str, Any]) -> list[str]:
-    "The names under which runs exclude each other; a GPU's doesn't depend on CUDA_VISIBLE_DEVICES, as its number does"
+    """The names under which runs exclude each other. A GPU has one of its own, which doesn't depend on
+    CUDA_VISIBLE_DEVICES as its number does; others are told from those of other machines by when theirs began"""
+    machine = sha256(process.boot_id().encode()).hexdigest()[:8]
     there, names = process.gpus() if any(name.startswith("cuda") for name in devices) else [], set()
     for name in devices or [kind_of(config)]:
         kind, _, index = name.partition(":")
         known = kind == "cuda" and int(index or 0) < len(there)
-        names.add(there[int(index or 0)] if known else name.replace(":", "-"))
+        names.add(there[int(index or 0)] if known else f"{name.replace(':', '-')}-{machine}")
     return sorted(names)
 
 

@@ -173,7 +173,7 @@ class Look:
 STATES = {
     "running": Look("●", "*", "success", "a process is training (the word is its phase)", live=True),
     "queued": Look("○", "o", "primary", "waits for the device", live=True),
-    "stalled": Look("‖", "|", "warning", "alive, but no progress for a while", live=True),
+    "stalled": Look("‖", "|", "warning", "no progress for a while", live=True),
     "completed": Look("✓", "+", "secondary", "reached its target", ended=True),
     "stopped": Look("■", "=", "warning", "ended on request, resumable", ended=True),
     "failed": Look("✗", "x", "error", "ended with an error, see its reason", ended=True),
