@@ -76,8 +76,7 @@ def terminals(case: int) -> str | None:
             if b"goes on when this shell closes" not in said: return f"no background run: {said[-500:]!r}"
             if case % 2:
                 wait_until(lambda: (run.state().step or 0) >= rng.randrange(1, 50) or not run.locked)
-                state = run.state()
-                process.send(state, signal.SIGKILL)
+                process.send(run.state().to_record(), signal.SIGKILL)
                 if not wait_until(lambda: not run.locked): return "killed, and its lock is held"
                 if run.status().status not in ("crashed", "completed"): return f"killed: {run.status().status}"
                 done = subprocess.run(command(home, "resume", RUN, "--background"), **shell, capture_output=True,
