@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import warm
+from torture.battery import hear_interrupts
 
 from llm_trainer import workspace
 from llm_trainer.runs import launch
 from llm_trainer.runs.run import list_runs
+
+hear_interrupts()
 
 
 def until(condition, seconds=240):

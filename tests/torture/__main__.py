@@ -29,6 +29,7 @@ if args.list:
     for t in battery.trials(): print(f"{t.id:10} goal {t.goal:>6}  {t.title}")
     sys.exit()
 os.environ["OMP_NUM_THREADS"] = "1"
+battery.hear_interrupts()
 ledger, failed = battery.Ledger(), 0
 try:
     if args.again: failed = battery.again(args.again, args.why, ledger)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -72,6 +73,12 @@ def kept_folder(prefix: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def hear_interrupts() -> None:
+    "Undoes that a script's background ignores Ctrl-C and Ctrl-\\: what is started from here would ignore them, too"
+    for signum in (signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(signum) == signal.SIG_IGN: signal.signal(signum, signal.default_int_handler)
 
 
 def trials() -> list[Trial]:
