@@ -223,6 +223,8 @@ def edit(folder, **changes):
     ("gpt2", dict(vocab_size="many"), "many"),
     ("gpt2", dict(vocab_size=10**18), "vocab_size"),
     ("gpt2", dict(n_layer=10**9), "n_layer"),
+    ("qwen3", dict(num_hidden_layers=10**12), "num_hidden_layers"),
+    ("gpt2", dict(num_labels=10**12), "num_labels"),  # its class would make a name for each
     ("gpt2", dict(n_head=5), "n_head"),
     ("qwen3", dict(attention_bias=True), "attention_bias"),
     ("qwen3", dict(use_sliding_window=True), "use_sliding_window"),

@@ -42,8 +42,8 @@ RESULT, SAME = (Path(__file__).with_name(name) for name in ("mutants.json", "equ
 TITLE = ("one operator, constant or statement changed in the modules of checkpoints, locks, states and the command "
          "line: a test notices (`python -m tests.torture.mutants`; N are the changes tried, failures those that no "
          "test noticed though one could have)")
-SLOW = 4.0  # seconds: longer tests kill no mutant
-ENOUGH = 8.0  # seconds of tests for one mutant
+SLOW, ENOUGH = 4.0, 8.0  # seconds: longer tests kill no mutant, and the tests that one is given
+PATIENT = 4  # So many times as much of both for survivors that are tried again
 SWAPS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub,
          ast.Sub: ast.Add, ast.And: ast.Or, ast.Or: ast.And}
@@ -139,6 +139,7 @@ if ROOM and os.path.exists(ROOM + "/trace"):
 
 class Reach:
     "Which tests reach a line, and how long they take"
+    slow, enough = SLOW, ENOUGH
 
     def __init__(self, kept: dict, sources: dict[str, str]):
         self.modules = sorted({name for of in kept["tests"].values() for name in of["modules"]})
@@ -149,6 +150,8 @@ class Reach:
                 moved = _moved(kept["sources"][of["sources"][module]], sources[module])
                 for line, tests in lines.items():
                     self.lines[module].setdefault(moved[int(line)], set()).update(tests)
+        self.width = Counter((module, test) for module, lines in self.lines.items() for tests in lines.values()
+                             for test in tests)  # lines of a module that a test reaches
 
     def tests(self, mutant: Mutant, tree: ast.Module) -> dict[str, int]:
         """The tests that may notice a change, the likeliest with 0: those that reach its line; of what is computed at
@@ -169,7 +172,7 @@ class Reach:
             dict.fromkeys(found, 0)
 
     def _quick(self, tests) -> list[str]:
-        return [test for test in tests if self.seconds.get(test, SLOW) < SLOW]
+        return [test for test in tests if self.seconds.get(test, self.slow) < self.slow]
 
 
 def _moved(before: str, after: str) -> list[int]:
@@ -367,14 +370,15 @@ class Room:
         _imported(self.reach.modules)
 
     def tests(self, mutant: Mutant) -> list[str]:
-        "The tests to ask, those that killed a neighbour first, then the quick ones"
+        "The tests to ask, those that killed a neighbour first, then the quick ones that reach little else"
         chosen, seconds = [], 0.0
         found = self.reach.tests(mutant, self.trees[mutant.module])
         def rank(test):
-            return -self.kills[mutant.module, mutant.line // 20, test], found[test], self.reach.seconds[test], test
+            cost = self.reach.seconds[test] * (1 + self.reach.width[mutant.module, test])
+            return -self.kills[mutant.module, mutant.line // 20, test], found[test], cost, test
         for test in sorted(filter(lambda test: self.sound.get(test, True), found), key=rank):
             seconds += self.reach.seconds[test]
-            if chosen and seconds > ENOUGH: break
+            if chosen and seconds > self.reach.enough: break
             chosen.append(test)
         return chosen
 
@@ -427,6 +431,7 @@ def spend(room: Room, modules: list[str], end: float, say=print) -> None:
 def again(room: Room, modules: list[str], say=print) -> None:
     "Try the survivors that have no excuse once more, on the tests as they are now"
     found, excuses = read(room.sources), excused()
+    room.reach.slow, room.reach.enough = PATIENT * SLOW, PATIENT * ENOUGH
     for module in modules:
         there = {(f"{m.line}:{m.column}", m.what): m for m in mutants(module, room.sources[module])}
         for one in list(found[module]["survived"]):
