@@ -320,7 +320,8 @@ def signals(case: int) -> str | None:
         state = run_of(home).status()
         what = f"{kind} {'at a random instant' if at_random else f'while {phase}'}"
         if code == 0 and nth == 1 and not at_random: return f"{what}: it never came"
-        if code not in {128 + n for n in numbers} | ({0} if state.status == "completed" else set()):
+        late = {0, *(-n for n in numbers)} if state.status == "completed" else set()  # as a program that only prints
+        if code not in {128 + n for n in numbers} | late:
             return f"{what}: exit code {code}: {child.tail()}"
         if state.status not in ("stopped", "completed"): return f"{what}: {state.status} {state.reason}"
         if "stop" not in state.acknowledged and state.status == "stopped": return f"{what}: not acknowledged"
