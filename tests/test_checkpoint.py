@@ -1,4 +1,5 @@
 """The checkpoint store: the format byte for byte, every bit of a manifest, every station of a save."""
+import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from hearing import Heard
 from llm_trainer.system import failpoints
 from llm_trainer.model.safetensors import all_finite, non_finite, read_header, read_tensors, write_tensors
 from llm_trainer.system.files import file_hash, replace_file, sealed, unsealed, write_file
-from llm_trainer.training.checkpoint import Checkpoints, SaveFailed, step_name, verify, weights_hash
+from llm_trainer.training.checkpoint import Checkpoints, SaveFailed, place, step_name, verify, weights_hash
 from llm_trainer.errors import CheckpointError, NotFoundError, RunFailed, UsageError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
@@ -217,6 +219,64 @@ def test_an_old_step_that_can_not_be_removed_is_said_in_a_few_words(store, monke
     assert [e.message for e in said if e.kind == "note"] == [
         f"An old checkpoint in {store.folder} could not be removed: Directory not empty."]
     assert store.steps()[-1] == 40
+
+
+def test_a_store_keeps_three_and_leaves_room_unless_told_otherwise(tmp_path):
+    store = Checkpoints(tmp_path / "one", "one")
+    assert (store.keep, store.reserve) == (3, 64 << 20)
+
+
+def test_a_refused_write_is_said_in_the_systems_words(store):
+    def full(folder): raise OSError(28, "No space left on device", "model.safetensors")
+    with pytest.raises(SaveFailed, match=r": No space left on device\. Earlier"): store.save(40, full)
+    index, store.emit = store.folder / "index.json", Heard()
+    index.unlink()
+    index.mkdir()
+    store.record(30, 1.0)
+    assert store.emit[-1] == f"{index} could not be written: Is a directory."
+
+
+def test_a_checkpoint_is_nobody_elses_while_it_is_written_and_its_size_is_told(store):
+    modes = []
+    def write(folder):
+        modes.append(stat.S_IMODE(folder.stat().st_mode))
+        return content(40)(folder)
+    saved = store.save(40, write)
+    files = [f for f in saved.path.rglob("*") if f.is_file() and f.name != "manifest.json"]
+    assert modes == [0o700] and 0 <= saved.seconds < 3600
+    assert saved.bytes == sum(f.stat().st_size for f in files) == place(store.folder, store.run_id, 50, content(50))
+    assert unsealed(store.folder / "index.json")["format_version"] == 1
+
+
+def test_a_link_is_no_step_and_a_pipe_no_file(store):
+    (store.folder / "step-00000099").symlink_to(store.path(30))
+    assert store.steps() == [10, 20, 30]
+    def write(folder):
+        (folder / "empty").touch()
+        return content(40)(folder)
+    pipe = store.save(40, write).path / "empty"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    assert verify(pipe.parent) == [f"empty can't be read: {pipe} is not a regular file"]
+
+
+def test_what_is_there_instead_is_said_up_to_a_measure(tmp_path):
+    store = small_store(tmp_path, range(1, 11), keep=0)
+    with pytest.raises(NotFoundError, match=r"it has: 3, 4, 5, 6, 7, 8, 9, 10\.\n"): store.find(77)
+    for file in ("config.json", "model.safetensors", "state/trainer.json", "state/optimizer.safetensors"):
+        (store.path(10) / file).unlink()
+    store.emit = Heard()
+    assert store.select("latest") == store.path(9) and store.emit[0].splitlines()[0].count(" is missing") == 3
+
+
+def test_an_index_that_is_soon_free_is_waited_for(store):
+    fd = os.open(store.folder, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    timer = threading.Timer(0.2, os.close, [fd])
+    timer.start()
+    store.record(10, 0.5)
+    timer.join()
+    assert unsealed(store.folder / "index.json")["checkpoints"]["10"]["val_loss"] == 0.5
 
 
 def test_keep_zero_keeps_all(tmp_path):

@@ -1,8 +1,11 @@
 """Locks that die with their holder, and signals that reach only the process they are meant for."""
+import errno
+import inspect
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import until
@@ -25,6 +28,36 @@ def test_a_lock_has_one_holder_and_probes_do_not_take_it(tmp_path):
         assert locks.is_locked(path) and not locks.Lock(path).acquire()
         assert path.stat().st_mode & 0o777 == 0o600
     assert not locks.is_locked(path) and locks.Lock(path).acquire()
+
+
+def test_a_lock_is_waited_for_as_long_as_one_asks(tmp_path):
+    first, second = locks.Lock(tmp_path / "lock"), locks.Lock(tmp_path / "lock")
+    assert first.acquire() and second.acquire() is False
+    assert inspect.signature(locks.Lock.acquire).parameters["wait"].default == 0
+    timer = threading.Timer(0.2, first.release)
+    timer.start()
+    assert second.acquire(60)
+    timer.join()
+
+
+def test_a_disk_without_locks_is_told_and_one_that_does_not_answer_is_no_move(tmp_path, monkeypatch):
+    lock = locks.Lock(tmp_path / "lock")
+    def refuse(number):
+        def call(*_, **__): raise OSError(number, os.strerror(number))
+        return call
+    with monkeypatch.context() as broken:
+        broken.setattr(locks.fcntl, "flock", refuse(errno.ENOLCK))
+        with pytest.raises(OSError, match="locks"): lock.acquire()
+    assert lock.acquire()
+    with monkeypatch.context() as silent:
+        silent.setattr(locks.os, "lstat", refuse(errno.EIO))
+        assert lock.stray is False
+
+
+def test_a_lock_that_was_handed_over_goes_no_further(tmp_path):
+    fd = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    os.set_inheritable(fd, True)
+    with locks.Lock.adopt(fd, tmp_path / "lock") as lock: assert not os.get_inheritable(lock.fileno())
 
 
 def test_kill_9_frees_the_lock(tmp_path):

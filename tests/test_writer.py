@@ -10,7 +10,8 @@ import pytest
 from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.runs import writer as w
 from llm_trainer.runs.run import check_id, create_run, find_run, last_of_each, list_runs, new_id, sweep
-from llm_trainer.runs.state import ENDED, LIVE, STATES, State, derive, look_of, proper, silence, stall_timeout
+from llm_trainer.runs.state import (
+    ENDED, LIVE, STATES, State, derive, list_devices, look_of, proper, silence, slowest_of, stall_timeout, unheard)
 from llm_trainer.system import process
 from llm_trainer.system.files import (
     Appender, Follower, encode, load_json, log_line, overwrite, parse, plain, read_json, sealed, timestamp, unsealed,
@@ -73,6 +74,20 @@ def test_which_states_are_live_and_which_are_ends():
     assert LIVE == ("running", "queued", "stalled")
     assert ENDED == ("completed", "stopped", "failed", "diverged", "crashed")
     with pytest.raises(FrozenInstanceError): STATES["running"].sign = "x"
+
+
+def test_a_run_that_did_nothing_has_done_nothing():
+    new = State()
+    assert (new.attempt, new.epoch, new.step, new.tokens) == (0, 0, 0, 0)
+    assert (new.elapsed_seconds, new.skipped, new.write_errors) == (0, 0, 0)
+    assert unheard(State(heartbeat=9.0), wall=4.0) == 0 and unheard(State(heartbeat=4.0), wall=9.0) == 5
+
+
+def test_ranks_that_are_equally_fast_are_not_worth_a_word():
+    def told(waits): return slowest_of(State(status="running", ranks=[
+        {"rank": 0, "step_seconds": 1.0, "waits": waits}, {"rank": 1, "step_seconds": 1.1, "waits": 0}]))
+    assert told(0.049) == "" and told(0.05).endswith("rank 0 waits 5%")
+    assert list_devices(["cpu", "cpu"], None) == "2 (cpu), ?" and "machines" in list_devices(["cpu"], "ddp", 2)
 
 
 # The curve and the pace
