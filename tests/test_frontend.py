@@ -2,12 +2,13 @@
 import itertools
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
 from llm_trainer.errors import BusyError, UsageError
-from llm_trainer.cli.parser import Flag, FrontEnd, _one_edit, _row, convert, nearest, shown
+from llm_trainer.cli.parser import (
+    Flag, FrontEnd, _one_edit, _row, choices, convert, docments, members, nearest, shown)
 
 seen = {}
 
@@ -206,7 +207,11 @@ def test_version(capsys):
 
 def test_nearest():
     assert nearest("lr", ["l_r", "dry"]) == ["l_r"] and nearest("rl", ["lr", "layers"]) == ["lr"]
-    assert not nearest("qqq", ["lr"])
+    assert not nearest("qqq", ["lr"]) and nearest("colouring", ["layers", "colour"]) == ["colour"]
+    begun = ["note_file", "note_book", "note_size", "note_all"]
+    assert nearest("not", begun) == begun[:3] and not nearest("no", begun)
+    assert nearest("lay", ["laz", "lax", "law", "lat", "lab"]) == ["laz", "lax", "law", "lat"]
+    assert nearest("seperation", ["separating", "separators"]) == ["separating"]  # of what is only alike the best
 
 
 def test_completion():
@@ -219,6 +224,21 @@ def test_completion():
     assert "--n_hooks" in words("hang", "sunset", "") and "seven" not in words("hang", "sunset", "")
     assert words("hang", "--n_hooks", "3", "s") == ["sunset", "seven"]
     for shell in ("bash", "zsh", "fish"): assert "_ART_COMPLETE=1" in front.completion_script(shell)
+    assert words("paint", "--colour", "=") == ["red", "green"] and words("hang", "=") == []
+    assert words("paint", "x", "") == []  # nothing is known of a tint, and it is not time for flags
+    assert dict(front.complete([""])) == {"paint": "Paint a picture", "hang": "Hang a picture"}
+
+
+def test_what_a_signature_says():
+    described = docments(paint)
+    assert described["canvas"] == ("", "FOLDER|FILE", "What to paint on") and docments(len) == {}
+    assert described["colour"] == ("Colour", "", "Colour of the brush")
+    flags = front.commands["hang"].flags
+    assert flags["title"].group == "Flags" and flags["n_hooks"].group == "Wall"
+    assert members(Annotated[int | None, "how many"]) == [int, type(None)]
+    assert choices(Literal["auto", None, False]) == ["auto", "none", "false"]
+    assert values("paint", "x", "--title", "-")["title"] == "-"
+    assert "CANVAS: What to paint on." in refused("paint") and "--title: TEXT." in refused("hang", "x")
 
 
 def test_what_runs_out_is_named(capsys):
@@ -257,6 +277,9 @@ def test_every_row_of_help():
     assert _row("a" * 25, "text", 27) == ["  " + "a" * 25 + "  text"]
     assert _row("a" * 26, "text", 27) == ["  " + "a" * 26, " " * 29 + "text"]
     assert _row("x", "", 27) == ["  x"]
+    assert _row("x", "word " * 12, 27) == ["  x" + " " * 26 + "word " * 9 + "word", " " * 29 + "word word"]
+    long = "|".join(["abcdefg"] * 10)[:78]
+    assert _row(long, "", 27)[0] == f"  {long}" and len(_row(long + "x", "", 27)) == 3
 
 
 def test_every_word_for_on_and_off():

@@ -121,7 +121,7 @@ def test_the_table_of_runs(monkeypatch):
 
 
 def test_a_narrow_terminal_drops_columns_then_letters(monkeypatch):
-    many = [state(run_id="a-long-name-of-a-run"), state(run_id="b")]
+    many = [state(run_id="a-long-name-of-a-run"), state(run_id="b"), state(run_id="of-eight")]
     class Terminal:
         encoding = "utf-8"
         def isatty(self): return True
@@ -137,7 +137,7 @@ def test_a_narrow_terminal_drops_columns_then_letters(monkeypatch):
     assert [c for c in render.COLUMNS if c not in rows(30)[0]] == ["EPOCH", "VAL", "TOK/S", "ETA", "AGE", "CURVE"]
     least = rows(1)
     assert least[1].startswith("a-long-… ")
-    assert least[2].startswith("b  ")
+    assert least[2].startswith("b  ") and least[3].startswith("of-eight ")
 
 
 def test_two_runs_side_by_side():
@@ -166,7 +166,8 @@ def test_small_pictures(monkeypatch):
     assert render.bar(0.5, 2) == "\x1b[32m━\x1b[0m─" and render.badge("failed") == "\x1b[31m✗ failed\x1b[0m"
     assert [render.badge(s)[:5] for s in ("running", "queued", "stalled", "completed")] == [
         "\x1b[32m", "\x1b[34m", "\x1b[33m", "\x1b[36m"]
-    assert [render.paint_curve("x", i)[2:4] for i in (0, 1, 4)] == ["34", "33", "34"]
+    assert [render.paint_curve("x", i)[2:4] for i in range(5)] == ["34", "33", "32", "35", "34"]
+    assert render.card(state()).splitlines()[0].endswith("\x1b[1mone\x1b[0m")
     assert render.columns([["A", "B"], ["1", "\x1b[31m2\x1b[0m"]]) == "\x1b[1mA  B\x1b[0m\n1  \x1b[31m2\x1b[0m"
     monkeypatch.setattr(render, "coloured", lambda: False)
     monkeypatch.setattr(render, "unicode_ok", lambda: False)

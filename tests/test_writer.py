@@ -1,6 +1,7 @@
 """The parts of the writer and of the state, one by one, with clocks that a test sets."""
 import math
 import os
+import re
 import time
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
@@ -304,6 +305,30 @@ def test_moments_sort_as_text():
 
 
 # The run's folder
+
+def test_a_run_shows_itself_in_a_notebook(run):
+    run.lock.release()
+    shown = run._repr_markdown_()
+    assert "| step | 0 of ? |" in shown and "| loss | –  |" in shown and "| status | crashed  |" in shown
+    write_whole(run.folder / "state.json", {**run.state().to_record(), "status": "stopped", "step": 3, "steps": 9,
+                                            "phase": "saving", "val_loss": 1.25})
+    shown = run._repr_markdown_()
+    assert "| step | 3 of 9 |" in shown and "| validation loss | 1.25 |" in shown and "stopped saving" in shown
+
+
+def test_what_a_run_is_called_and_where_it_may_be_made(tmp_path):
+    assert all(re.fullmatch("[a-z]+-[a-z]+-[0-9a-f]{4}", new_id()) for _ in range(9))
+    assert len({new_id() for _ in range(9)}) == 9
+    assert create_run(tmp_path / "deep" / "runs", {}).id.count("-") == 2
+
+
+def test_a_note_has_a_word_and_a_log_a_reason(run):
+    with pytest.raises(UsageError, match="word at least"): run.add_note(" \n ")
+    assert run.why_no_log() is None
+    (run.folder / "train.log").mkdir()
+    assert run.why_no_log() == "is a directory" or "not a regular file" in run.why_no_log()
+    assert run.add_attempt(lr=1)["attempt"] == 1
+
 
 def test_the_last_lines_of_a_log(run):
     (run.folder / "train.log").write_text("".join(f"line {i}\n" for i in range(3000)))
