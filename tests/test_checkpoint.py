@@ -412,6 +412,18 @@ def test_weights_hash_is_that_of_the_file(store):
     assert weights_hash(store.path(30)) == hashlib.sha256(data).hexdigest() != weights_hash(store.path(20))
 
 
+def test_weights_in_shards_have_the_hash_of_one_file(tmp_path):
+    tensors = {"a": torch.arange(6.).reshape(2, 3), "b": torch.ones(4), "c": torch.zeros(1)}
+    for i, names in enumerate(("ac", "b"), 1):
+        write_tensors(tmp_path / f"model-0000{i}-of-00002.safetensors", {name: tensors[name] for name in names})
+    assert weights_hash(tmp_path) == hashlib.sha256(reference_bytes(tensors, {"format": "pt"})).hexdigest()
+
+
+def test_a_manifest_that_is_no_json_is_a_finding(store):
+    (store.path(30) / "manifest.json").write_text("{")
+    assert [found.partition(":")[0] for found in verify(store.path(30))] == ["manifest.json"]
+
+
 def test_the_store_needs_no_torch():
     code = ("import sys, llm_trainer.training.checkpoint\n"
             "sys.exit(bool({'torch', 'numpy', 'safetensors'} & set(sys.modules)))")

@@ -15,8 +15,8 @@ from llm_trainer.runs.state import (
     ENDED, LIVE, STATES, State, derive, list_devices, look_of, proper, silence, slowest_of, stall_timeout, unheard)
 from llm_trainer.system import process
 from llm_trainer.system.files import (
-    Appender, Follower, encode, load_json, log_line, overwrite, parse, plain, read_json, sealed, timestamp, unsealed,
-    write_whole)
+    Appender, Follower, encode, file_hash, load_json, log_line, overwrite, parse, plain, read_json, remove, sealed,
+    timestamp, unsealed, write_whole)
 from llm_trainer.training.checkpoint import Checkpoints, StepFolders
 from llm_trainer.errors import CheckpointError
 
@@ -391,7 +391,23 @@ def test_folders_half_made_are_swept_after_an_hour(tmp_path):
     sweep(tmp_path / "nowhere")
 
 
+def test_links_are_followed_only_where_one_says_so(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    (tmp_path / "link").symlink_to(tmp_path / "a.json")
+    for read in (load_json, file_hash):
+        with pytest.raises((OSError, CheckpointError)): read(tmp_path / "link")
+        assert read(tmp_path / "link", follow=True) == read(tmp_path / "a.json")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "door").symlink_to(tmp_path / "folder")
+    remove(tmp_path / "door")
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "folder", "link"]
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "link"]
+
+
 def test_a_seal_holds_no_number_that_is_none(tmp_path):
+    assert sealed({"b": 1, "a": 2}).startswith(b'{\n "a": 2,\n "b": 1,\n "digest": "')
     with pytest.raises(ValueError): sealed({"a": math.nan})
     (tmp_path / "x").write_bytes(sealed({"b": 1, "a": [1.5]}))
     assert unsealed(tmp_path / "x") == {"b": 1, "a": [1.5]} and sealed({"b": 1, "a": 2}) == sealed({"a": 2, "b": 1})

@@ -153,23 +153,22 @@ class Reach:
         self.width = Counter((module, test) for module, lines in self.lines.items() for tests in lines.values()
                              for test in tests)  # lines of a module that a test reaches
 
-    def tests(self, mutant: Mutant, tree: ast.Module) -> dict[str, int]:
-        """The tests that may notice a change, the likeliest with 0: those that reach its line; of what is computed at
-        import those that reach who uses it, then all of the modules of tests that reach anything of the module"""
+    def tests(self, mutant: Mutant, tree: ast.Module) -> list[str]:
+        """The tests that may notice a change: those that reach its line; of what is computed at
+        import, where one test at most is seen, those that use it or are of a module of tests that reaches its module"""
         lines, at = self.lines[mutant.module], mutant.line
         around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= at <= n.end_lineno]
         within = [n for n in around if isinstance(n, ast.FunctionDef) and n.body[0].lineno <= at]
-        if within and (found := self._quick(lines.get(at, ()))): return dict.fromkeys(found, 0)
+        if within and len(found := self._quick(lines.get(at, ()))) > 1: return found
         near = max(within, key=lambda n: n.lineno) if within else min(
             around, key=lambda n: n.end_lineno - n.lineno, default=tree.body[0])
         used = list(range(near.lineno, near.end_lineno + 1)) if isinstance(near, ast.FunctionDef) else []
         if isinstance(near, ast.Assign | ast.AnnAssign):
             names = {n.id for n in ast.walk(near) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
             used += [n.lineno for n in ast.walk(tree) if getattr(n, "id", getattr(n, "attr", "")) in names]
-        found = self._quick(set().union(*(lines.get(line, ()) for line in used)))
         files = {test.partition("::")[0] for of in lines.values() for test in of}
-        return {test: 1 for test in self._quick(self.seconds) if test.partition("::")[0] in files} | \
-            dict.fromkeys(found, 0)
+        users = set().union(*(lines.get(line, ()) for line in used))
+        return self._quick({*users, *(test for test in self.seconds if test.partition("::")[0] in files)})
 
     def _quick(self, tests) -> list[str]:
         return [test for test in tests if self.seconds.get(test, self.slow) < self.slow]
@@ -375,7 +374,7 @@ class Room:
         found = self.reach.tests(mutant, self.trees[mutant.module])
         def rank(test):
             cost = self.reach.seconds[test] * (1 + self.reach.width[mutant.module, test])
-            return -self.kills[mutant.module, mutant.line // 20, test], found[test], cost, test
+            return -self.kills[mutant.module, mutant.line // 20, test], cost, test
         for test in sorted(filter(lambda test: self.sound.get(test, True), found), key=rank):
             seconds += self.reach.seconds[test]
             if chosen and seconds > self.reach.enough: break
