@@ -10,7 +10,8 @@ import pytest
 
 from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.runs import writer as w
-from llm_trainer.runs.run import check_id, create_run, find_run, last_of_each, list_runs, new_id, sweep
+from llm_trainer.runs.run import (
+    check_id, create_run, find_run, last_of_each, list_runs, new_id, sweep, why_unknown)
 from llm_trainer.runs.state import (
     ENDED, LIVE, STATES, State, derive, list_devices, look_of, proper, silence, slowest_of, stall_timeout, unheard)
 from llm_trainer.system import process
@@ -322,7 +323,17 @@ def test_what_a_run_is_called_and_where_it_may_be_made(tmp_path):
     assert create_run(tmp_path / "deep" / "runs", {}).id.count("-") == 2
 
 
+def test_what_may_not_be_known_is_unknown(run, monkeypatch):
+    monkeypatch.setattr("llm_trainer.runs.run.locks.probe", lambda path: None)
+    assert why_unknown(run.folder) == "permission denied"
+    write_whole(run.folder / "state.json", {**run.state().to_record(), "status": "completed"})
+    assert why_unknown(run.folder) is None
+
+
 def test_a_note_has_a_word_and_a_log_a_reason(run):
+    run.add_note("one")
+    run.add_note("two")
+    assert (run.folder / "notes.txt").read_text() == "one\ntwo\n"
     with pytest.raises(UsageError, match="word at least"): run.add_note(" \n ")
     assert run.why_no_log() is None
     (run.folder / "train.log").mkdir()
@@ -388,6 +399,10 @@ def test_folders_half_made_are_swept_after_an_hour(tmp_path):
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".new-young", ".queue", "run"]
+    (tmp_path / ".new-link").symlink_to(tmp_path / "nowhere")
+    os.utime(tmp_path / ".new-link", (1e9, 1e9), follow_symlinks=False)
+    sweep(tmp_path)
+    assert not (tmp_path / ".new-link").is_symlink()
     sweep(tmp_path / "nowhere")
 
 
