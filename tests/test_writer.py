@@ -113,6 +113,7 @@ def test_a_history_goes_on_from_where_the_attempt_begins():
     again.add(4, 4.0)
     assert again.means == [[1.0, 1], [3.0, 2]]
     assert w.History([], 0, 0).most == 60 and w.History([1.0, 2.0], 2).points() == []
+    assert w.History([1.0, 2.0]).width == 0 == w.History([], 8).width and w.History([1.0], 0).means == []
 
 
 def test_the_pace_is_the_median_step_and_the_mean_speed():
@@ -233,6 +234,27 @@ def test_the_best_of_several_validations_and_what_was_skipped(run):
     assert "parts" not in run.metrics("val")[0] and run.log_tail(1)[0].endswith("step 3  skipped: loss")
 
 
+def test_which_gpus_are_metered(run, monkeypatch):
+    monkeypatch.setattr(w, "Meter", lambda gpus=(): gpus)
+    def metered(kind, **attempt):
+        writer = records(run)[0]
+        writer.attempt = attempt
+        writer.log(SimpleNamespace(kind="prepared", meta={"device": {"type": kind}}))
+        return writer.energy
+    assert metered("cuda", devices=["cuda:2"]) == (2,) and metered("cuda") == (0,) and metered("cpu") == ()
+
+
+def test_the_line_of_a_step_and_an_end_without_the_lock(run):
+    writer, _ = records(run)
+    writer.update(steps=9)
+    writer.log(SimpleNamespace(kind="step", step=3, epoch=0.5, tokens=8, loss=2.0, tokens_per_second=5.0, lr=0.1,
+                               memory_bytes=1, eta_seconds=2.0, grad_norm=1.0))
+    assert " step 3/9  epoch 0.50  loss 2.0000  5 tokens/s  2s left" in run.log_tail(1)[0]
+    run.lock.release()
+    writer.finish("stopped")
+    assert run.state().status == "stopped"
+
+
 def test_a_writer_that_is_closed_writes_nothing(run):
     writer, _ = records(run)
     writer.close()
@@ -317,10 +339,13 @@ def test_a_run_shows_itself_in_a_notebook(run):
     assert "| step | 3 of 9 |" in shown and "| validation loss | 1.25 |" in shown and "stopped saving" in shown
 
 
-def test_what_a_run_is_called_and_where_it_may_be_made(tmp_path):
+def test_what_a_run_is_called_and_where_it_may_be_made(tmp_path, monkeypatch):
     assert all(re.fullmatch("[a-z]+-[a-z]+-[0-9a-f]{4}", new_id()) for _ in range(9))
     assert len({new_id() for _ in range(9)}) == 9
     assert create_run(tmp_path / "deep" / "runs", {}).id.count("-") == 2
+    ids = iter(["twice", "twice", "once"])
+    monkeypatch.setattr("llm_trainer.runs.run.new_id", lambda: next(ids))
+    assert [create_run(tmp_path, {}).id for _ in range(2)] == ["twice", "once"]
 
 
 def test_what_may_not_be_known_is_unknown(run, monkeypatch):
@@ -337,7 +362,10 @@ def test_a_note_has_a_word_and_a_log_a_reason(run):
     with pytest.raises(UsageError, match="word at least"): run.add_note(" \n ")
     assert run.why_no_log() is None
     (run.folder / "train.log").mkdir()
-    assert run.why_no_log() == "is a directory" or "not a regular file" in run.why_no_log()
+    assert run.why_no_log() == "not a regular file"
+    (run.folder / "train.log").rmdir()
+    (run.folder / "train.log").write_text("begun\n")
+    assert run.follow_log().poll() == ["begun"]
     assert run.add_attempt(lr=1)["attempt"] == 1
 
 
