@@ -1,6 +1,9 @@
 """The strict front end, tried on a small set of commands that really go through Fire."""
 import itertools
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +11,7 @@ import pytest
 
 from llm_trainer.errors import BusyError, UsageError
 from llm_trainer.cli.parser import (
-    Flag, FrontEnd, _one_edit, _row, choices, convert, docments, members, nearest, shown)
+    Command, Flag, FrontEnd, _one_edit, _row, choices, convert, docments, members, nearest, shown)
 
 seen = {}
 
@@ -177,6 +180,15 @@ def test_exit_codes_and_messages(capfd, monkeypatch):
     with pytest.raises(ZeroDivisionError): front.run(["hang", "bug", "--title=t"])
 
 
+def test_a_reader_that_went_away_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "llm_trainer", "--version"], stdout=write, stderr=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_messages_hold_no_control_bytes(capsys):
     assert front.run(["paint", "x", "--\x1b[31mred\u202e"]) == 2
     assert front.run(["p\x1b]0;evil\x07int"]) == 2
@@ -233,7 +245,9 @@ def test_what_a_signature_says():
     described = docments(paint)
     assert described["canvas"] == ("", "FOLDER|FILE", "What to paint on") and docments(len) == {}
     assert described["colour"] == ("Colour", "", "Colour of the brush")
-    flags = front.commands["hang"].flags
+    assert Command("paint", paint).flags["colour"].group == "Colour"
+    assert "\n  paint         Paint a picture\n" in front.help()
+    flags = Command("hang", hang).flags
     assert flags["title"].group == "Flags" and flags["n_hooks"].group == "Wall"
     assert members(Annotated[int | None, "how many"]) == [int, type(None)]
     assert choices(Literal["auto", None, False]) == ["auto", "none", "false"]
