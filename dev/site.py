@@ -205,6 +205,14 @@ def relink(text: str, page: str, site: str) -> str:
     return re.sub(r"\]\(([^)\s:#]+)\.(?:ipynb|html)\b", fix, text.replace(f"]({site}/", "](/"))
 
 
+def name_self() -> None:
+    "traitlets imports the `Self` of its annotations for type checkers only; the inspect of Python 3.11.2 looks it up"
+    import typing
+
+    import traitlets.traitlets
+    vars(traitlets.traitlets).setdefault("Self", typing.Self)
+
+
 def stage(folder: Path, out: Path) -> None:
     "Fill `folder` with what smalldocs reads: processed notebooks without their numbers, generated pages, settings"
     from fastcore.nbio import read_nb, write_nb
@@ -217,6 +225,7 @@ def stage(folder: Path, out: Path) -> None:
     cfg = get_config(ROOT)
     site = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/")
     os.environ["IN_TEST"] = "1"
+    name_self()
     for name in notebooks():
         target = folder / source_name(name)
         if target.exists():
