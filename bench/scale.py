@@ -109,7 +109,7 @@ def predict(config, sequences: int, worlds: list[int], strategy: str, micro: int
     for world in worlds:
         n = max(sequences, world)  # a device has one sequence at least
         found = step_time(config.model, vocab, n, world, flops, wires_of(device_name), micro, strategy,
-                          config.training.optimizer, hold)
+                          config.training.optimizer, hold or strategy != "fsdp")
         rate = n * config.model.seq_len / found.total
         rows.append(dict(world=world, strategy=strategy, sequences=n, step_ms=round(found.total * 1e3, 2),
                          sent_ms=round(found.sent * 1e3, 2), waited=round(found.waited / found.total, 4),

@@ -293,7 +293,8 @@ def writers(case: int) -> str | None:
         return difference(home)
 
 
-PHASES = ("reading", "tokenizing", "training", "evaluating", "saving", "sampling")
+PREPARING = ("reading", "tokenizing")  # what a run whose text is prepared has behind it
+PHASES = (*PREPARING, "training", "evaluating", "saving", "sampling")
 SIGNALS = {"TERM": [signal.SIGTERM], "INT": [signal.SIGINT], "TERM twice": [signal.SIGTERM, signal.SIGTERM],
            "INT then TERM": [signal.SIGINT, signal.SIGTERM]}
 
@@ -306,10 +307,10 @@ def signals(case: int) -> str | None:
     rng, at_random = random.Random(f"signals {case}"), case % 3 == 2
     phase, kind = PHASES[case % len(PHASES)], list(SIGNALS)[case // len(PHASES) % len(SIGNALS)]
     numbers = [int(n) for n in SIGNALS[kind]]
-    nth = 1 if phase in ("reading", "tokenizing", "training") else rng.randrange(1, 3)
+    nth = 1 if phase in (*PREPARING, "training") else rng.randrange(1, 3)
     how = {} if at_random else {"at_phase": {"phase": phase, "signals": numbers, "nth": nth}}
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
-        home = new_home(tmp, prepared=phase not in ("reading", "tokenizing"))
+        home = new_home(tmp, prepared=phase not in PREPARING)
         clean_end()
         child = server().start(["train", "--config", "torture", "--name", RUN], home, **how)
         if at_random:

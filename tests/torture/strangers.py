@@ -258,7 +258,7 @@ def _as_a_phase_begins(rng: random.Random, signum: signal.Signals) -> str | None
     phase = rng.choice(lives.PHASES)
     at = {"phase": phase, "signals": [int(signum)], "nth": 1}
     with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
-        home = lives.new_home(tmp, prepared=phase not in ("reading", "tokenizing"))
+        home = lives.new_home(tmp, prepared=phase not in lives.PREPARING)
         child = server().start(["train", "--config", "torture", "--name", lives.RUN], home, at_phase=at)
         code, state = child.wait(), lives.run_of(home).status()
         struck(f"{signum.name} while {phase}")
