@@ -226,6 +226,54 @@ def test_a_run_whose_lock_is_removed_goes_on_and_keeps_others_out(space):  # noq
     assert not run.locked
 
 
+@pytest.mark.parametrize("replace", [
+    lambda lock: lock.symlink_to("lock"), os.mkfifo, lambda lock: lock.symlink_to("/dev/null")])
+def test_what_took_the_place_of_a_lock_keeps_no_run_from_it(space, replace):  # noqa: F811
+    run, process = stand_in(space, "training", 10**6)
+    lock = run.folder / "lock"
+    lock.unlink()
+    replace(lock)
+    until(lambda: run.locked and lock.is_file() and not lock.is_symlink())
+    assert launch.stop(run).status == "stopped" and process.wait() == 0 and run.state().checkpoint_step == 1
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_run_whose_lock_others_have_ends_with_a_checkpoint(space, held):  # noqa: F811
+    run, process = stand_in(space, "training", 10**6)
+    lock = run.folder / "lock"
+    lock.unlink()
+    if held:
+        other = locks.Lock(lock)
+        assert other.acquire()
+    else: lock.mkdir()
+    assert process.wait() == 1
+    state = run.status()
+    assert (state.status, state.reason["code"], state.checkpoint_step) == ("failed", "lock", 1)
+    if held: other.release()
+    else: lock.rmdir()
+    assert f"llm-trainer resume {run.id}" in state.reason["message"] and launch.plan_resume(run, space)
+
+
+def test_a_run_that_another_process_trains_by_now_writes_no_more(space):  # noqa: F811
+    run, process = stand_in(space, "training", 10**6)
+    run.add_attempt(from_step=0)
+    (run.folder / "lock").unlink()
+    with locks.Lock(run.folder / "lock") as other:
+        assert other.acquire() and process.wait() == 75
+        assert run.state().status == "running"
+
+
+def test_a_viewer_is_told_that_its_run_was_deleted(space):  # noqa: F811
+    run, process = stand_in(space, "training", 10**6)
+    viewer = subprocess.Popen([sys.executable, "-m", "llm_trainer", "status", run.id, "--watch"], cwd=space.root,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
+    assert "running" in viewer.stdout.readline()
+    shutil.rmtree(run.folder)
+    said, why = viewer.communicate()
+    assert process.wait() == 1 and viewer.returncode == 3 and "was deleted" in why and "unknown" not in said
+
+
 def test_checkpoints_go_where_their_folder_went(tmp_path):
     from llm_trainer.training.checkpoint import Checkpoints
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)

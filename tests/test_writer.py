@@ -350,7 +350,7 @@ def test_what_a_run_is_called_and_where_it_may_be_made(tmp_path, monkeypatch):
 
 def test_what_may_not_be_known_is_unknown(run, monkeypatch):
     monkeypatch.setattr("llm_trainer.runs.run.locks.probe", lambda path: None)
-    assert why_unknown(run.folder) == "permission denied"
+    assert why_unknown(run.folder) == ("denied", "permission denied")
     write_whole(run.folder / "state.json", {**run.state().to_record(), "status": "completed"})
     assert why_unknown(run.folder) is None
 
@@ -415,10 +415,11 @@ def test_what_is_in_a_records_text_stays_to_the_letter(run):
     assert run.meta["data"]["name"] == "a\x07\u202eb" and b"\\u0007" in (run.folder / "meta.json").read_bytes()
 
 
-def test_a_run_without_a_state_has_crashed(run):
-    run.lock.release()
+def test_a_run_without_a_state_is_unknown(run):
     (run.folder / "state.json").unlink()
-    assert run.status().status == "crashed"
+    assert run.status().status != "unknown"  # a process has it, and will write it again
+    run.lock.release()
+    assert (run.status().status, run.status().reason["code"]) == ("unknown", "damaged")
 
 
 def test_folders_half_made_are_swept_after_an_hour(tmp_path):

@@ -338,7 +338,7 @@ def stop(
     found = _run(run)
     state = launch.stop(found, now, None if json else _waiting())
     if json: return print(render.as_json(state))
-    step = f" at step {state.step:,}" if state.step is not None else ""
+    step = f" at step {state.step:,}" if state.status != "unknown" else ""
     render.say(f"Run {found.id} is {state.status}{step}.",
              *([f"Go on with it: llm-trainer resume {found.id}"] if state.status != "completed" else []))
 

@@ -5,6 +5,7 @@ import sys
 import time
 
 from llm_trainer.cli import render
+from llm_trainer.errors import NotFoundError
 from llm_trainer.runs.state import LIVE
 from llm_trainer.events import print_notes
 from llm_trainer.terminal import clean, count, duration, size
@@ -18,6 +19,8 @@ def watch(run, json: bool = False, every: float = 2.0):
     last = None
     while True:
         state = run.status()
+        if (state.reason or {}).get("code") == "deleted":
+            raise NotFoundError(f"The run {run.id} was deleted meanwhile.\nSee the others: llm-trainer runs")
         now = (state.status, state.phase, state.step, state.val_loss, state.attempt)
         if now != last: print(render.as_json(state, None) if json else render.line(state), flush=True)
         if state.status not in LIVE: break

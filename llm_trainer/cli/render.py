@@ -24,6 +24,7 @@ HELPS = {
     "disk_full": "make room, then: llm-trainer resume {id}",
     "data": "look at the message, mend the text, then: llm-trainer resume {id}",
     "non_finite": "the best checkpoint, a lower learning rate: llm-trainer resume {id} --checkpoint best --lr {lower}",
+    "damaged": "see what is whole: llm-trainer verify {id}   then: llm-trainer resume {id}",
     "crashed": "nothing saved is lost: llm-trainer resume {id}",
     "stalled": "see what it does: llm-trainer logs {id}   or end it: llm-trainer stop {id} --now",
     "held": "a process of it still holds its lock; end it on {host}: llm-trainer stop {id} --now",
@@ -122,6 +123,7 @@ def _pairs(state: State, process_state: str | None) -> Iterable[tuple[str, str]]
 def position(state: State) -> str:
     "`step 4,700 of 10,000 · epoch 1.41 of 3`"
     def of(total): return f" of {total:,.10g}" if isinstance(total, int) else f" of {total:.2f}" if total else ""
+    if state.status == "unknown": return ""
     parts = [f"step {state.step:,}{of(state.steps)}"] if state.step is not None else []
     if state.epoch is not None: parts.append(f"epoch {state.epoch:.2f}{of(state.epochs)}")
     return " · ".join(parts)
@@ -130,7 +132,7 @@ def position(state: State) -> str:
 def helps(state: State, meta: dict) -> str | None:
     "The command that helps a run which failed, crashed or stalled"
     status, code = state.status, (state.reason or {}).get("code")
-    if status not in (*ENDED_BADLY, "stalled"): return None
+    if status not in (*ENDED_BADLY, "stalled") and code != "damaged": return None
     key = status if status in ("crashed", "stalled") else "non_finite" if status == "diverged" else code
     if is_elsewhere(state) and unheard(state) > HEARD:
         key = "held" if state.locked else "silent" if status == "stalled" else key
@@ -184,10 +186,10 @@ def table(states: list[State]) -> str:
     "The table of runs, one line each"
     rows = []
     for s in states:
-        running = s.status in ("running", "stalled")
+        running, known = s.status in ("running", "stalled"), s.status != "unknown"
         percent = f" {share(s):.0%}" if running and share(s) is not None else ""
         rows.append([clean(s.run_id, ""), badge(s.status or "?", s.phase),
-                     f"{count(s.step)}{percent}", f"{s.epoch:.2f}", number(s.loss, 3),
+                     f"{count(s.step)}{percent}" if known else "–", f"{s.epoch:.2f}" if known else "–", number(s.loss, 3),
                      number(s.val_loss, 3),
                      count(s.tokens_per_second) if s.tokens_per_second else "–",
                      duration(s.eta_seconds) if running else "–",

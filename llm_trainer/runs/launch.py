@@ -280,7 +280,8 @@ def plan_resume(
     if name != run.id and isinstance(name, str) and RUN_ID.fullmatch(name):
         raise UsageError(f"The folder {run.folder} is that of the run {name}. {renamed(run, name)}")
     state, steps = run.status(), saved_steps(space.checkpoints / run.id)
-    if state.status == "unknown": raise CheckpointError(f"Nothing can be said of {run.id}: {state.reason['message']}.")
+    if state.status == "unknown" and state.reason["code"] != "damaged":
+        raise CheckpointError(f"Nothing can be said of {run.id}: {state.reason['message']}.")
     step = _choose(run, space, steps, checkpoint)
     epochs, limit = _target(run, state)
     changed = _changed(run, changes or {})

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BusyError, NotFoundError, UsageError
-from .state import TERMINAL, State, derive
+from .state import LIVE, TERMINAL, State, derive
 from ..system import locks
 from llm_trainer.system.files import (
     CREATE, FORMAT, Appender, Follower, encode, log_line, open_regular, read_json, read_lines, remove, sync_folder,
@@ -170,15 +170,17 @@ class Logged(Written):
 # %% ../../nbs/09a_run.ipynb #e345f4ad
 def why_unknown(
     folder:Path # A run's
-)->str | None: # None where its status is known
+)->tuple[str, str] | None: # A code and words; None where its status is known
     "Why the status of a run is unknown"
     path, record = folder / "state.json", read_json(folder / "state.json")
-    version = record.get("format_version")
+    version, locked = record.get("format_version"), locks.probe(folder / "lock")
     if isinstance(version, int) and version > FORMAT:
-        return f"it comes from a newer version of llm_trainer (format {version})"
-    known = record.get("status") in TERMINAL or locks.probe(folder / "lock") is not None
-    readable = bool(record) or os.access(path, os.R_OK) or not os.path.lexists(path)
-    return None if known and readable and os.access(folder, os.X_OK) else "permission denied"
+        return "newer", f"it comes from a newer version of llm_trainer (format {version})"
+    if record.get("status") in TERMINAL or locked or locked is not None and record.get("status") in LIVE: return None
+    if not os.path.lexists(folder): return "deleted", "it was deleted"
+    if locked is None or not os.access(folder, os.X_OK) or (os.path.exists(path) and not os.access(path, os.R_OK)):
+        return "denied", "permission denied"
+    return "damaged", f"state.json is {'damaged' if os.path.lexists(path) else 'gone'}"
 
 # %% ../../nbs/09a_run.ipynb #0a3a9348
 class Run(Logged):
@@ -193,7 +195,8 @@ class Run(Logged):
             state, locked = self.state(), self.locked
             if locked or state.status in TERMINAL: break
         state.update(run_id=self.id, locked=locked, stored_status=state.status, status=derive(state, locked, **clocks))
-        if why := why_unknown(self.folder): state.update(status="unknown", reason={"code": "unknown", "message": why})
+        if why := why_unknown(self.folder):
+            state.update(status="unknown", reason=dict(zip(("code", "message"), why)))
         return state
 
     def request(self,

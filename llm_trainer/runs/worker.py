@@ -168,7 +168,7 @@ def follow(events: Iterator[Event], watch: Watch, emit: Emit) -> tuple[Finished,
         raise
     finally:
         if hasattr(events, "close"): events.close()
-    if watch.moved and event.status == "stopped": return Finished("failed", "moved", watch.moved), 1
+    if watch.lost and event.status == "stopped": return watch.lost, 1
     if event.status == "completed": return Finished("completed", event.code, event.message), 0
     if event.status != "stopped": return Finished(event.status, event.code, event.message), 1
     why = event.message or watch.reason or "one of the ranks was asked to stop"
@@ -219,7 +219,7 @@ class Watch:
         self.deaf = deaf  # is a signal that arrives now none of ours? torchrun sends some after it lost a rank
         self.trained = False  # has this attempt made a step?
         self.exit_code, self.reason = 0, None  # of a run that ends as stopped
-        self.moved: str | None = None  # what to say of a run whose folder went elsewhere
+        self.lost: Finished | None = None  # how a run ends whose folder went elsewhere, or whose lock is not ours
         self._stopping = self._woken = self._over = False
         self._first: tuple[int, float] | None = None  # the signal that asked to stop, and when
         self._strayed, self._deadline = 0, None
@@ -228,7 +228,6 @@ class Watch:
         global _watching
         self._read, self._write = os.pipe()
         for fd in (self._read, self._write): os.set_blocking(fd, False)
-        self._home = os.open(self.writer.run.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             ours = [n for n in STOPS if n in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(n) == signal.SIG_DFL]
@@ -245,7 +244,7 @@ class Watch:
         self._thread.join()
         if self._handlers: signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._handlers.items(): signal.signal(signum, handler)
-        for fd in (self._read, self._write, self._home): os.close(fd)
+        for fd in (self._read, self._write): os.close(fd)
         _watching = False
 
     def _run(self) -> None:
@@ -289,34 +288,46 @@ class Watch:
         self._stop(f"{name} received", 128 + signum)
 
     def _look_down(self) -> None:
-        "Ends a run whose folder was moved, with a checkpoint where it went, or deleted, without another word in it"
-        if self.moved or not self.writer.lock.held or not self.writer.lock.stray:
+        "Ends a run that lost its lock or whose folder was moved, with a checkpoint; one that was deleted, at once"
+        writer, before = self.writer, self.writer.run.folder
+        if self.lost or writer.finished or not writer.lock.held or not writer.lock.stray:
             self._strayed = 0
             return
         self._strayed += 1
         if self._strayed < 2: return  # not in the middle of a move
-        if self._locked_again(): return
-        before, run = self.writer.run.folder, self.writer.run
-        if not self.writer.follow_folder():
-            print(f"The folder of {run.id} was deleted while it trained ({before}); it ended.", file=sys.stderr)
+        if writer.in_place: self.lost = self._lock_again()
+        elif writer.follow_folder(): self.lost = self._moved(before)
+        else:
+            print(f"The folder of {before.name} was deleted while it trained ({before}); it ended.", file=sys.stderr)
             leave(1)
-        self.moved = (f"The folder of this run went from {before} to {run.folder} while it trained. It was ended "
-                      f"there.\n" + (f"Go on from where it is now: llm-trainer resume {run.id}" if run.id == before.name
-                                     else renamed(run, before.name)))
-        self.writer.signals.add("stop")
-        self._stop("its folder was moved", 1)
+        if self.lost:
+            writer.signals.add("stop")
+            self._stop(self.lost.message.partition("\n")[0], 1)
 
-    def _locked_again(self) -> bool:
-        "Whether only the file of the lock was removed, perhaps to free the run, and is there again, locked by this one"
-        lock, folder = self.writer.lock, self.writer.run.folder
+    def _moved(self, before: Path) -> Finished:
+        run = self.writer.run
+        advice = f"Go on from where it is now: llm-trainer resume {run.id}" if run.id == before.name else \
+            renamed(run, before.name)
+        return Finished("failed", "moved", f"The folder of this run went from {before} to {run.folder} while it "
+                                           f"trained. It was ended there.\n{advice}")
+
+    def _lock_again(self) -> Finished | None:
+        "Takes the lock whose file was removed or replaced; how the run ends where others have it, or might"
+        lock, run = self.writer.lock, self.writer.run
+        trouble, advice = "another process holds it", "When that has ended"
         try:
-            if not os.path.samestat(os.fstat(self._home), os.stat(folder)): return False
+            if lock.path.is_symlink() or not lock.path.is_file(): lock.path.unlink(missing_ok=True)
             with locks.Lock(lock.path) as fresh:
-                if not fresh.acquire(): return False
-                os.dup2(fresh.fileno(), lock.fileno(), inheritable=False)
-        except OSError: return False
-        self.writer.say("The file of this run's lock was removed while it trained; it is there again.")
-        return True
+                if fresh.acquire():
+                    os.dup2(fresh.fileno(), lock.fileno(), inheritable=False)
+                    return self.writer.say("The file of this run's lock was removed while it trained; it is there again.")
+        except OSError as e: trouble, advice = f"{(e.strerror or str(e)).lower()}: {lock.path}", "Remove that"
+        if (run.attempts() or [{}])[-1] != self.writer.attempt:
+            print(f"{run.id} is being trained by another process now; this one ended.", file=sys.stderr)
+            leave(BusyError.exit_code)
+        return Finished("failed", "lock", f"The lock of this run was replaced while it trained ({trouble}). It was "
+                                          f"ended, or two could train it at once.\n{advice}, then: "
+                                          f"llm-trainer resume {run.id}")
 
     def _stop(self, reason: str, exit_code: int) -> None:
         if self._stopping: return
@@ -324,8 +335,8 @@ class Watch:
         preparing = not self.trained and (self.writer.state.phase or "queued") in PREPARING
         self.writer.stopping(reason)
         if preparing:
-            self._leave(Finished("failed", "moved", self.moved) if self.moved else
-                        Finished("stopped", "signal", f"{reason} before the first step: nothing to save"), exit_code)
+            self._leave(self.lost or Finished("stopped", "signal", f"{reason} before the first step: nothing to save"),
+                        exit_code)
         self.show(Stopping(reason))
 
     def _leave(self, ended: Finished, exit_code: int) -> None:

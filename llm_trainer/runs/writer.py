@@ -198,6 +198,7 @@ class Records:
     ):
         if not lock.held: raise BusyError(f"{run.id} is not ours to write: its lock is not held.")
         self.run, self.lock, self.file, self.finished = run, lock, StateFile(run, clock, wall), False
+        self.home = os.open(run.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.guard, self.energy, self.asked = threading.RLock(), Meter(), Requests(run, clock)
         self.lines = {name: Appender(run.folder / name) for name in ("metrics.jsonl", "samples.jsonl", "train.log")}
         self.attempt = (run.attempts() or [{}])[-1]
@@ -230,16 +231,24 @@ class Records:
             self.energy.read()
             if not self.finished: self.file.write()
 
+    @property
+    def in_place(self) -> bool:
+        "Is the run's folder where it was?"
+        try: return os.path.samestat(os.fstat(self.home), os.stat(self.run.folder))
+        except OSError: return False
+
     def follow_folder(self) -> bool: # False: it is gone
         "Writes where the run's folder is now, after somebody moved it"
-        place = path_of(self.lock.fileno())
+        if self.in_place: return True
+        place = path_of(self.home)
         if place is None: return False
-        with self.guard: self.run.folder, self.lock.path = place.parent, place
+        with self.guard: self.run.folder, self.lock.path = place, place / self.lock.path.name
         return True
 
     def close(self) -> None:
         "Leaves the files to another writer, without a last word"
         with self.guard:
+            if not self.finished: os.close(self.home)
             self.finished = True
             for file in self.lines.values(): self.file.quietly(file.close)
 
