@@ -208,8 +208,8 @@ def test_a_damaged_state_says_nothing_of_its_run_and_has_every_key(runs, damage)
     (run.folder / "state.json").write_bytes(damage)
     status = run.status()
     assert (status.step, status.loss_history, status.run_id) == (0, [], run.id)
-    known = b'"running"' in damage
-    assert (status.status, (status.reason or {}).get("code")) == (("crashed", None) if known else ("unknown", "damaged"))
+    said = ("crashed", None) if b'"running"' in damage else ("unknown", "damaged")
+    assert (status.status, (status.reason or {}).get("code")) == said
     assert [r.id for r in list_runs(runs)] == [run.id]
 
 
