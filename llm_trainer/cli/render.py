@@ -189,8 +189,8 @@ def table(states: list[State]) -> str:
         running, known = s.status in ("running", "stalled"), s.status != "unknown"
         percent = f" {share(s):.0%}" if running and share(s) is not None else ""
         rows.append([clean(s.run_id, ""), badge(s.status or "?", s.phase),
-                     f"{count(s.step)}{percent}" if known else "–", f"{s.epoch:.2f}" if known else "–", number(s.loss, 3),
-                     number(s.val_loss, 3),
+                     f"{count(s.step)}{percent}" if known else "–", f"{s.epoch:.2f}" if known else "–",
+                     number(s.loss, 3), number(s.val_loss, 3),
                      count(s.tokens_per_second) if s.tokens_per_second else "–",
                      duration(s.eta_seconds) if running else "–",
                      _age(s.created_at).removesuffix(" ago"),

@@ -320,7 +320,7 @@ class Watch:
             with locks.Lock(lock.path) as fresh:
                 if fresh.acquire():
                     os.dup2(fresh.fileno(), lock.fileno(), inheritable=False)
-                    return self.writer.say("The file of this run's lock was removed while it trained; it is there again.")
+                    return self.writer.say("The file of this run's lock was removed as it trained; it is there again.")
         except OSError as e: trouble, advice = f"{(e.strerror or str(e)).lower()}: {lock.path}", "Remove that"
         if (run.attempts() or [{}])[-1] != self.writer.attempt:
             print(f"{run.id} is being trained by another process now; this one ended.", file=sys.stderr)
