@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
-from conftest import program
+from conftest import full_pipe, program
 from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, until  # noqa: F401
 
 from llm_trainer import workspace
@@ -99,18 +100,6 @@ def test_a_reader_gets_every_line(tmp_path):
     words = [sys.executable, "-c", TALKS.replace("50_000", "2_000"), str(ROOT), str(tmp_path / "done")]
     found = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
     assert len(found) == 2000 and found[-1].startswith("line 1999 ")
-
-
-def full_pipe():
-    "The ends of a pipe that takes nothing more"
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    for size in (4096, 1):
-        try:
-            while True: os.write(write, b"x" * size)
-        except BlockingIOError: pass
-    os.set_blocking(write, True)
-    return read, write
 
 
 @pytest.mark.parametrize("words", [["logs", "one", "--lines", "20000"], ["logs", "one", "--follow"],

@@ -892,7 +892,7 @@ def main(argv: list[str] | None = None) -> int:
         process.prepare()
         viewer.let_go()
     if words[:1] in (["train"], ["resume"]) and os.environ.get("LOCAL_RANK"): return _beside_others(words)
-    if words[:1] not in (["train"], ["resume"]) or {"--background", "--dry-run", "--dry_run"} & set(words):
+    if words[:1] not in (["train"], ["resume"], ["serve"]) or {"--background", "--dry-run", "--dry_run"} & set(words):
         return front.run(argv)
     with viewer.attached(): code = front.run(argv)
     if ours: viewer.gone_within(15, code)
