@@ -23,6 +23,7 @@ from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotF
 from llm_trainer.events import print_notes
 from llm_trainer.cli.parser import Flag, FrontEnd, docments
 from llm_trainer.runs.resolve import is_folder, resolve_inputs, weights
+from llm_trainer.system.files import deliver
 from llm_trainer.terminal import clean, size
 
 
@@ -499,8 +500,9 @@ def report(
         raise UsageError(f"{clean(path, '')} exists already.\n"
                          f"Write over it: llm-trainer report {found.id} --out {shlex.quote(str(path))} --force")
     from llm_trainer.runs.report import report as tell
-    path.write_text(tell(found, space, path.suffix[1:]), encoding="utf-8")
-    render.say(f"Wrote {clean(path, '')} ({size(path.stat().st_size)}).")
+    page = tell(found, space, path.suffix[1:]).encode()
+    deliver(path, page)
+    render.say(f"Wrote {clean(path, '')} ({size(len(page))}).")
 
 
 def note(
@@ -603,11 +605,17 @@ def generate(
     show_part = repl.silent if json or output else repl.to_pipe if raw else repl.to_terminal
     if len(many) == num_samples == 1: texts = [_write_one(write(many[0], sampling), many[0], show_part)]
     else: texts = repl.write_many(sampler.generate_batch(model, tokenizer, many, sampling, num_samples), show_part)
-    if output is not None: workspace.home(output).write_bytes("\n".join(t.text for t in texts).encode())
-    if json:
-        rows = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
-        found = {"checkpoint": str(folder), "settings": vars(sampling), "threads": threads, "texts": rows}
-        print(render.as_json(found))
+    whole = "\n".join(t.text for t in texts)
+    try:
+        if output is not None: deliver(workspace.home(output), whole.encode())
+    except OSError:
+        if not json: (repl.to_pipe if raw and not sys.stdout.isatty() else repl.to_terminal)(f"{whole}\n")
+        raise
+    finally:
+        if json:
+            rows = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
+            found = {"checkpoint": str(folder), "settings": vars(sampling), "threads": threads, "texts": rows}
+            print(render.as_json(found))
     return 130 if any(t.finish == "interrupted" for t in texts) else 0
 
 
