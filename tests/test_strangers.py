@@ -62,6 +62,17 @@ def test_stop_wakes_a_suspended_run(space):  # noqa: F811
     assert launch.stop(run).status == "stopped" and child.wait() == 0 and run.state().checkpoint_step == 1
 
 
+@pytest.mark.parametrize("way", [Path.touch, os.mkfifo, lambda path: path.symlink_to("."), lambda path: None])
+def test_a_run_that_cannot_be_asked_ends_by_the_command_of_the_message(space, way):  # noqa: F811
+    run, child = stand_in(space, "training", 10**6)
+    (run.folder / "control").rmdir()
+    way(run.folder / "control")
+    said = program(space, "stop", run.id)
+    assert said.returncode == 1 and f"{run.folder / 'control'} is no folder" in said.stderr
+    subprocess.run(["sh", "-c", said.stderr.rpartition(": ")[2]], check=True)
+    assert child.wait(60) == 143 and run.status().status == "stopped" and run.state().checkpoint_step == 1
+
+
 # Viewers
 
 def test_what_a_viewer_throws_is_not_the_runs(space):  # noqa: F811
