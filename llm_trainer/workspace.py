@@ -58,7 +58,7 @@ def _settings(root: Path) -> configparser.SectionProxy | None:
     try:
         if path.exists() and not path.is_file(): raise OSError(errno.EINVAL, "it is no file")
         content = path.read_bytes()
-        parser.read_string(content.decode("utf-8-sig"), path.name)
+        parser.read_string(content.decode().removeprefix("\ufeff"), path.name)
     except UnicodeDecodeError: why = "it is no text in UTF-8"
     except configparser.Error as e: why = " ".join(clean(str(e)[:200], "").split())
     except OSError as e: why = "it is a link that leads nowhere" if e.errno == errno.ENOENT else e.strerror
