@@ -479,22 +479,22 @@ def profiles(
 def _locate(config:str | Path, configs:Path | None) -> Path:
     "The file that a profile name or a path means"
     known = profiles(configs)
-    if config in known: return known[config]
-    text, path = str(config), workspace.home(config)
+    text, path = str(config), known.get(config) or workspace.home(config)
     if path.suffix != ".toml" and path.name == text:
         raise ConfigError(f"No profile is called {_shown(text)}{_nearest(text, list(known))}\n"
                           f"Profiles: {', '.join(known)}; a file is given as a path: --config ./my.toml")
     try: found = path.is_file()
     except (OSError, ValueError): found = False
     if not found:
-        raise NotFoundError(f"There is no profile file {_shown(text)}.\nProfiles by name: {', '.join(known)}")
+        short = min(str(path), os.path.relpath(path), key=len)
+        raise NotFoundError(f"There is no profile file {_shown(short)}.\nProfiles by name: {', '.join(known)}")
     return path
 
 
 def _read(path:Path) -> dict:
     "The tables of a TOML file; raises `ConfigError`"
     try:
-        data = path.open("rb").read(65_537)
+        with path.open("rb") as file: data = file.read(65_537)
         if len(data) > 65_536: raise ConfigError(f"{path}: bigger than 64 kB, so it is no profile")
         if any(line.partition(b"=")[0].count(b".") > 100 for line in data.splitlines()): raise RecursionError
         return tomllib.loads(data.decode())

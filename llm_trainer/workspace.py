@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import configparser
+import errno
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.errors import NotFoundError, UsageError
+from llm_trainer.errors import ConfigError, NotFoundError, UsageError
 from llm_trainer.terminal import clean
 
 SETTINGS = """\
@@ -51,18 +52,41 @@ def located(name: Path | str, *folders: Path) -> Path | None:
 
 
 def _settings(root: Path) -> configparser.SectionProxy | None:
-    "The `[llm_trainer]` section of `root/settings.ini`, or None where there is none"
-    parser = configparser.ConfigParser(interpolation=None)
-    try: parser.read(root / "settings.ini", encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError): return None
-    return parser["llm_trainer"] if parser.has_section("llm_trainer") else None
+    "The `[llm_trainer]` section of `root/settings.ini`, or None; ConfigError where it can't be told if there is one"
+    path, parser, content = root / "settings.ini", configparser.ConfigParser(interpolation=None), b""
+    if not os.path.lexists(path): return None
+    try:
+        if path.exists() and not path.is_file(): raise OSError(errno.EINVAL, "it is no file")
+        content = path.read_bytes()
+        parser.read_string(content.decode().removeprefix("\ufeff"), path.name)
+    except UnicodeDecodeError: why = "it is no text in UTF-8"
+    except configparser.Error as e: why = " ".join(clean(str(e)[:200], "").split())
+    except OSError as e: why = "it is a link that leads nowhere" if e.errno == errno.ENOENT else e.strerror
+    else: return parser["llm_trainer"] if parser.has_section("llm_trainer") else None
+    if content and b"llm_trainer" not in content: return None  # something else's
+    there, aside = shlex.quote(str(path)), shlex.quote(f"{path}.old")
+    raise ConfigError(f"{path} can't be read: {why}.\nMend it, or put it aside and make a new one: "
+                      f"mv {there} {aside} && llm-trainer init {shlex.quote(str(root))}\n"
+                      "or use another workspace: export LLM_TRAINER_HOME=/path/to/workspace")
+
+
+def _unfit(root: Path) -> str | None:
+    "What stands in the way of a workspace in `root`"
+    there = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    if not there.is_dir(): return f"{there} is no folder"
+    known = root / "settings.ini"
+    if known.exists() and known.stat().st_size and _settings(root) is None:
+        return f"{known} belongs to something else (it has no section [llm_trainer])"
+    return None
 
 
 def open_workspace(root: Path) -> Workspace:
     "The workspace whose settings.ini lies in `root`"
     s = _settings(root)
-    if s is None: raise NotFoundError(f"{root} is no workspace: it has no settings.ini with a section "
-                                      f"[llm_trainer].\nMake one: llm-trainer init {shlex.quote(str(root))}")
+    if s is None:
+        why, make = _unfit(root), f"Make one: llm-trainer init {shlex.quote(str(root))}"
+        raise NotFoundError(f"{root} is no workspace: {why or 'it has no settings.ini with a section [llm_trainer]'}.\n"
+                            + ("Name another: export LLM_TRAINER_HOME=/path/to/workspace" if why else make))
     def folder(key): return (root / home(s.get(key, key) or key)).resolve()
     return Workspace(root, folder("data"), folder("checkpoints"), folder("runs"), folder("configs"),
                      s.get("config", "default"), s.get("device", "auto"))
@@ -89,13 +113,15 @@ def preferred_device() -> str:
 def init(folder: Path | str = ".") -> Workspace:
     "Make `folder` a workspace; what is already there stays as it is"
     root = home(folder).resolve()
-    if root.exists() and not root.is_dir(): raise UsageError(f"{root} is a file; a workspace is a folder.")
+    if why := _unfit(root): raise UsageError(f"{why}.\nChoose another folder: llm-trainer init FOLDER")
     if _settings(root) is None:
-        if (root / "settings.ini").exists():
-            raise UsageError(f"{root / 'settings.ini'} belongs to something else (it has no section [llm_trainer]).\n"
-                             "Choose another folder: llm-trainer init FOLDER")
         root.mkdir(parents=True, exist_ok=True)
-        (root / "settings.ini").write_text(SETTINGS, encoding="utf-8")
+        new = root / f".settings.ini.{os.getpid()}.tmp"  # whole or not there, also on a full disk
+        try:
+            new.write_text(SETTINGS, encoding="utf-8")
+            new.replace(root / "settings.ini")
+        except OSError as e: raise OSError(e.errno, e.strerror, str(root / "settings.ini")) from None
+        finally: new.unlink(missing_ok=True)
     space = open_workspace(root)
     for folder in (space.data, space.checkpoints, space.runs, space.configs): folder.mkdir(parents=True, exist_ok=True)
     return space

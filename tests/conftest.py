@@ -15,6 +15,7 @@ from llm_trainer.runs import launch
 from llm_trainer.runs.run import list_runs
 
 hear_interrupts()
+ROOT = Path(__file__).parent.parent
 
 
 def until(condition, seconds=240):
@@ -24,6 +25,25 @@ def until(condition, seconds=240):
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)
     return found
+
+
+def full_pipe():
+    "The ends of a pipe that takes nothing more"
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    for size in (4096, 1):
+        try:
+            while True: os.write(write, b"x" * size)
+        except BlockingIOError: pass
+    os.set_blocking(write, True)
+    return read, write
+
+
+def small_disk(kilobytes, *argv, cwd, home=None):
+    "What `llm-trainer *argv` says where no file grows beyond some kB"
+    words = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(2 * kilobytes), sys.executable, "-m", "llm_trainer", *argv]
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=cwd, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LLM_TRAINER_HOME": str(home or "")})
 
 
 def program(space, *argv, **how):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import string
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import program
+from conftest import ROOT, program, small_disk
 
 from llm_trainer import workspace
 from llm_trainer.cli import commands as cli, progress as follow
@@ -21,6 +22,7 @@ from llm_trainer.events import Evaluated, Phase, Saved, Step
 from llm_trainer.events import Progress
 from llm_trainer.runs.writer import RunWriter
 from llm_trainer.system import locks
+from llm_trainer.terminal import clean
 
 PROGRAM = [sys.executable, "-m", "llm_trainer"]
 
@@ -143,6 +145,57 @@ def test_outside_a_workspace_the_message_says_how_to_make_one(tmp_path, monkeypa
     monkeypatch.delenv("LLM_TRAINER_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["status"]) == 3 and "llm-trainer init" in capsys.readouterr().err
+
+
+def test_a_workspace_that_a_full_disk_refused_is_made_later(tmp_path):
+    full = small_disk(0, "init", cwd=tmp_path)
+    assert full.returncode == 1 and full.stderr.rstrip().endswith(f": {tmp_path / 'settings.ini'}")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "settings.ini").touch()  # what an older one left there
+    assert program(SimpleNamespace(root=tmp_path), "init", ".").returncode == 0
+    assert program(SimpleNamespace(root=tmp_path), "runs").returncode == 0
+
+
+DAMAGED = {"torn": b"[llm_trainer\ndata = data\n", "twice": b"[llm_trainer]\ndata = a\ndata = b\n",
+           "not text": b"[llm_trainer]\ndata = \xff\n", "pipe": os.mkfifo, "folder": os.mkdir,
+           "dangling link": lambda path: os.symlink("nowhere", path), "loop": lambda path: os.symlink(path.name, path)}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_settings_are_not_passed_over_and_the_command_of_the_message_helps(space, what):
+    sub = space.root / "sub"
+    sub.mkdir()
+    make = DAMAGED[what]
+    (sub / "settings.ini").write_bytes(make) if isinstance(make, bytes) else make(sub / "settings.ini")
+    def say(command):
+        command = command.replace("llm-trainer", shlex.join(PROGRAM))
+        return subprocess.run(["sh", "-c", command], cwd=sub, capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for command in "llm-trainer runs", "llm-trainer status", "llm-trainer init":
+        said = say(command)
+        assert said.returncode == 2 and f"{sub / 'settings.ini'} can't be read: " in said.stderr and not said.stdout
+    assert say(said.stderr.partition("make a new one: ")[2].partition("\n")[0]).returncode == 0
+    assert say("llm-trainer runs").returncode == 0 and os.path.lexists(sub / "settings.ini.old")
+
+
+@pytest.mark.parametrize("content", [b"", b"[other]\nx = 1\n", b"x = 1\n", b"\xff\n"])
+def test_settings_of_something_else_are_passed_over(space, content, monkeypatch, capsys):
+    (space.root / "sub").mkdir()
+    (space.root / "sub" / "settings.ini").write_bytes(content)
+    monkeypatch.chdir(space.root / "sub")
+    assert workspace.find() == space
+    assert cli.main(["init"]) == (2 if content else 0)
+
+
+@pytest.mark.parametrize("root", ["/dev/null", "/dev/null/sub", "others"])
+def test_where_no_workspace_can_be_none_is_proposed(tmp_path, monkeypatch, capsys, root):
+    monkeypatch.chdir(tmp_path)
+    Path("others").mkdir()
+    Path("others/settings.ini").write_text("[other]\nx = 1\n")
+    monkeypatch.setenv("LLM_TRAINER_HOME", root)
+    assert cli.main(["runs"]) == 3 and "llm-trainer init" not in (said := capsys.readouterr().err)
+    assert "is no folder" in said or "belongs to something else" in said
+    assert cli.main(["init", root]) == 2 and "llm-trainer init FOLDER" in capsys.readouterr().err
 
 
 # -- Help, from the signatures
@@ -464,6 +517,23 @@ def test_generate(trained, monkeypatch, capsys, tmp_path):
         assert code in (2, 3) and not out and err.startswith("llm-trainer: ") and "internal" not in err
     code, out, err = say("--prompt-file=x")
     assert code == 2 and "exclude each other" in err
+
+
+@pytest.mark.parametrize("output, json_too", [("old.txt", False), ("/dev/full", False), ("pipe", False),
+                                              ("old.txt", True)])
+def test_a_text_that_finds_no_room_is_not_lost(trained, tmp_path, output, json_too):
+    "Nor is the text that was there"
+    (tmp_path / "old.txt").write_text("the old text")
+    os.mkfifo(tmp_path / "pipe")
+    words = ["generate", "done", "--prompt=The ", "--seed=3", "--max-new-tokens=900", "--ignore-eot", "--threads=1",
+             *["--json"] * json_too]
+    assert program(trained, *words, f"--output={tmp_path / 'whole'}").returncode == 0
+    text = (tmp_path / "whole").read_bytes().decode()
+    where = dict(cwd=tmp_path, home=trained.root)
+    said = small_disk(1, *words, f"--output={output}", "--force", **where)
+    assert said.returncode == 1 and said.stderr.rstrip().endswith(f": {output}") and "Traceback" not in said.stderr
+    assert json.loads(said.stdout)["texts"][0]["text"] == text if json_too else said.stdout == f"{clean(text)}\n"
+    assert (tmp_path / "old.txt").read_text() == "the old text" and len(list(tmp_path.iterdir())) == 3
 
 
 def test_many_prompts(trained, monkeypatch, capsys, tmp_path):

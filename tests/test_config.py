@@ -188,11 +188,19 @@ def test_a_wrong_file_is_one_message(tmp_path, text, words):
     assert time.process_time() - began < 20  # a hang, not a speed
 
 
-def test_unreadable_places(tmp_path):
+def test_unreadable_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     fifo = tmp_path / "fifo.toml"
     os.mkfifo(fifo)
     for path in (fifo, tmp_path, "x" * 5000 + ".toml", "a\0b.toml", "/dev/zero/x.toml"):
         with pytest.raises((ConfigError, NotFoundError)): load_config(path)
+    with pytest.raises(NotFoundError, match="no profile file fifo.toml"): load_config("fifo", configs=tmp_path)
+
+
+def test_a_profile_is_closed_after_reading():
+    code = "from llm_trainer.config import load_config; load_config('tiny')"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_all_problems_are_told_at_once(tmp_path):

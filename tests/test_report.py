@@ -1,6 +1,11 @@
 """A report of a run, runs chosen and compared, notes, and curves drawn in characters: read from run folders only."""
+import fcntl
 import json
+import os
 import re
+import select
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -208,6 +213,40 @@ def test_the_commands(space):
     assert program(space, "report", "first").returncode == 2
     drawn = program(space, "plot", "first", "--ascii", "--width", "60", "--height", "10").stdout.splitlines()
     assert drawn[0].startswith("* training  o validation") and all(line.isascii() and len(line) <= 60 for line in drawn)
+
+
+@pytest.mark.parametrize("out", ["page.html", "link.html"])
+def test_a_report_replaces_a_page_as_a_whole_or_not_at_all(space, out):
+    made(space, "one")
+    page, link = space.root / "page.html", space.root / "link.html"
+    page.write_text("the old page")
+    page.chmod(0o640)
+    link.symlink_to(page.name)
+    before = set(space.root.iterdir())
+    words = "report", "one", "--out", out, "--force"
+    full = conftest.small_disk(4, *words, cwd=space.root)
+    assert full.returncode == 1 and full.stderr.rstrip().endswith(f": {out}")
+    assert page.read_text() == "the old page" and set(space.root.iterdir()) == before
+    assert program(space, *words).returncode == 0 and page.read_text().startswith("<!doctype html>")
+    assert page.stat().st_mode & 0o777 == 0o640 and link.is_symlink() and set(space.root.iterdir()) == before
+
+
+def test_a_report_goes_into_a_pipe_that_somebody_reads(space):
+    made(space, "one")
+    os.mkfifo(space.root / "pipe.html")
+    words = "report", "one", "--out", "pipe.html", "--force"
+    alone = program(space, *words)
+    assert alone.returncode == 1 and "Nobody reads it: pipe.html" in alone.stderr
+    for most, code in (None, 0), (10, 1):
+        reader = open(os.open(space.root / "pipe.html", os.O_RDONLY | os.O_NONBLOCK), "rb")
+        os.set_blocking(reader.fileno(), True)
+        fcntl.fcntl(reader, getattr(fcntl, "F_SETPIPE_SZ", fcntl.F_GETFD), 4096)  # so that the page doesn't fit
+        with subprocess.Popen([sys.executable, "-m", "llm_trainer", *words], cwd=space.root, text=True,
+                              stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(conftest.ROOT)}) as child:
+            select.select([reader], [], [])
+            with reader: assert len(reader.read(most) if most else reader.read()) > 9
+            said = child.stderr.read()
+        assert child.returncode == code and ("is gone: pipe.html" in said) == bool(code), said
 
 
 def test_the_figure_that_can_be_compared(space):

@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import full_pipe, until
 import torch
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs: pip install 'llm_trainer[serve]'")
@@ -393,6 +394,45 @@ def test_the_command_serves_a_folder_and_ends_when_asked(folder, tmp_path, capsy
             assert process.stderr.read() == ""
         finally: process.kill()
     assert list(tmp_path.iterdir()) == []
+
+
+def stopped_terminal():
+    "The ends of a terminal on which Ctrl-S was pressed"
+    screen, terminal = os.openpty()
+    termios.tcflow(terminal, termios.TCOOFF)
+    return screen, terminal
+
+
+def left_pipe():
+    "A pipe whose reader has gone"
+    read, write = os.pipe()
+    os.close(read)
+    return os.open(os.devnull, os.O_RDONLY), write
+
+
+def full_disk(): return os.open(os.devnull, os.O_RDONLY), os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("ends", [stopped_terminal, full_pipe, left_pipe, full_disk])
+def test_it_serves_whoever_takes_its_greeting(folder, ends, signum, code):
+    screen, output = ends()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "llm_trainer", "serve", str(folder), "--port", str(port)],
+                               stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        def answers():
+            with contextlib.suppress(OSError): return health(f"127.0.0.1:{port}")["status"]
+        assert until(lambda: process.poll() is not None or answers()) == "ok"
+        process.send_signal(signum)
+        assert process.wait(60) == code
+    finally:
+        process.kill()
+        os.close(screen)
+        os.close(output)
 
 
 @pytest.mark.parametrize("words, code, says", [

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
-from conftest import program
+from conftest import full_pipe, program
 from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, until  # noqa: F401
 
 from llm_trainer import workspace
@@ -61,6 +62,17 @@ def test_stop_wakes_a_suspended_run(space):  # noqa: F811
     assert launch.stop(run).status == "stopped" and child.wait() == 0 and run.state().checkpoint_step == 1
 
 
+@pytest.mark.parametrize("way", [Path.touch, os.mkfifo, lambda path: path.symlink_to("."), lambda path: None])
+def test_a_run_that_cannot_be_asked_ends_by_the_command_of_the_message(space, way):  # noqa: F811
+    run, child = stand_in(space, "training", 10**6)
+    (run.folder / "control").rmdir()
+    way(run.folder / "control")
+    said = program(space, "stop", run.id)
+    assert said.returncode == 1 and f"{run.folder / 'control'} is no folder" in said.stderr
+    subprocess.run(["sh", "-c", said.stderr.rpartition(": ")[2]], check=True)
+    assert child.wait(60) == 143 and run.status().status == "stopped" and run.state().checkpoint_step == 1
+
+
 # Viewers
 
 def test_what_a_viewer_throws_is_not_the_runs(space):  # noqa: F811
@@ -99,18 +111,6 @@ def test_a_reader_gets_every_line(tmp_path):
     words = [sys.executable, "-c", TALKS.replace("50_000", "2_000"), str(ROOT), str(tmp_path / "done")]
     found = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
     assert len(found) == 2000 and found[-1].startswith("line 1999 ")
-
-
-def full_pipe():
-    "The ends of a pipe that takes nothing more"
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    for size in (4096, 1):
-        try:
-            while True: os.write(write, b"x" * size)
-        except BlockingIOError: pass
-    os.set_blocking(write, True)
-    return read, write
 
 
 @pytest.mark.parametrize("words", [["logs", "one", "--lines", "20000"], ["logs", "one", "--follow"],

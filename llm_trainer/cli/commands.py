@@ -23,6 +23,7 @@ from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotF
 from llm_trainer.events import print_notes
 from llm_trainer.cli.parser import Flag, FrontEnd, docments
 from llm_trainer.runs.resolve import is_folder, resolve_inputs, weights
+from llm_trainer.system.files import deliver
 from llm_trainer.terminal import clean, size
 
 
@@ -335,8 +336,14 @@ def stop(
 ):
     "Have a run save a checkpoint and end"
     from llm_trainer.runs import launch
+    from llm_trainer.runs.state import is_elsewhere
     found = _run(run)
-    state = launch.stop(found, now, None if json else _waiting())
+    try: state = launch.stop(found, now, None if json else _waiting())
+    except (NotADirectoryError, FileNotFoundError):
+        state = found.state()
+        away = f", on {state.host}" if is_elsewhere(state) else ""
+        raise LLMTrainerError(f"{found.id} can't be asked: {found.folder / 'control'} is no folder.\n"
+                              f"A signal has it save and end, too{away}: kill {state.pid}") from None
     if json: return print(render.as_json(state))
     step = f" at step {state.step:,}" if state.status != "unknown" else ""
     render.say(f"Run {found.id} is {state.status}{step}.",
@@ -499,8 +506,9 @@ def report(
         raise UsageError(f"{clean(path, '')} exists already.\n"
                          f"Write over it: llm-trainer report {found.id} --out {shlex.quote(str(path))} --force")
     from llm_trainer.runs.report import report as tell
-    path.write_text(tell(found, space, path.suffix[1:]), encoding="utf-8")
-    render.say(f"Wrote {clean(path, '')} ({size(path.stat().st_size)}).")
+    page = tell(found, space, path.suffix[1:]).encode()
+    deliver(path, page)
+    render.say(f"Wrote {clean(path, '')} ({size(len(page))}).")
 
 
 def note(
@@ -603,11 +611,17 @@ def generate(
     show_part = repl.silent if json or output else repl.to_pipe if raw else repl.to_terminal
     if len(many) == num_samples == 1: texts = [_write_one(write(many[0], sampling), many[0], show_part)]
     else: texts = repl.write_many(sampler.generate_batch(model, tokenizer, many, sampling, num_samples), show_part)
-    if output is not None: workspace.home(output).write_bytes("\n".join(t.text for t in texts).encode())
-    if json:
-        rows = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
-        found = {"checkpoint": str(folder), "settings": vars(sampling), "threads": threads, "texts": rows}
-        print(render.as_json(found))
+    whole = "\n".join(t.text for t in texts)
+    try:
+        if output is not None: deliver(workspace.home(output), whole.encode())
+    except OSError:
+        if not json: (repl.to_pipe if raw and not sys.stdout.isatty() else repl.to_terminal)(f"{whole}\n")
+        raise
+    finally:
+        if json:
+            rows = [{name: value for name, value in vars(t).items() if name != "begun"} for t in texts]
+            found = {"checkpoint": str(folder), "settings": vars(sampling), "threads": threads, "texts": rows}
+            print(render.as_json(found))
     return 130 if any(t.finish == "interrupted" for t in texts) else 0
 
 
@@ -892,7 +906,7 @@ def main(argv: list[str] | None = None) -> int:
         process.prepare()
         viewer.let_go()
     if words[:1] in (["train"], ["resume"]) and os.environ.get("LOCAL_RANK"): return _beside_others(words)
-    if words[:1] not in (["train"], ["resume"]) or {"--background", "--dry-run", "--dry_run"} & set(words):
+    if words[:1] not in (["train"], ["resume"], ["serve"]) or {"--background", "--dry-run", "--dry_run"} & set(words):
         return front.run(argv)
     with viewer.attached(): code = front.run(argv)
     if ours: viewer.gone_within(15, code)

@@ -319,10 +319,10 @@ class FrontEnd:
             return code if isinstance(code, int) else 0
         except LLMTrainerError as error: return self._complain(str(error), error.exit_code)
         except KeyboardInterrupt: return self._complain("interrupted.", 130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 0
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and not error.filename:  # who read standard output is gone
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                return 0
             if os.environ.get("LLM_TRAINER_DEBUG"): raise
             if advice := too_many_files(error) or no_memory(error): return self._complain(advice, 1)
             if isinstance(error, OSError) and error.strerror:

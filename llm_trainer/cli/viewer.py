@@ -1,4 +1,4 @@
-"""What a run in the foreground shows goes through here: a terminal that is gone, full or stopped costs it nothing.
+"""What runs and servers show goes through here: a terminal that is gone, full or stopped costs them nothing.
 
 Text is handed to a thread that writes it; what the other side doesn't take is dropped. Knows nothing of runs."""
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Viewer:
             while (self._waiting or self._busy) and not self._gone and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
 
-    def close(self) -> None:
-        self.drain()
+    def close(self, patience: float = PATIENCE) -> None:
+        self.drain(patience)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -124,6 +124,7 @@ def attached() -> Iterator[None]:
             setattr(sys, name, ours[-1])
         yield
     finally:
-        for viewer in ours: viewer.close()
+        end = time.monotonic() + PATIENCE
+        for viewer in ours: viewer.close(end - time.monotonic())
         sys.stdout, sys.stderr = before
         if handler is not None: signal.signal(signal.SIGTTOU, handler)

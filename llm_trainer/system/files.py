@@ -7,7 +7,7 @@ Docs: https://llm-trainer.github.io/llm_trainer/files.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'plain', 'encode', 'write_whole', 'overwrite', 'sync_folder', 'open_regular', 'parse', 'read_json',
            'read_lines', 'Appender', 'Follower', 'path_of', 'log_line', 'sync_fd', 'write_file', 'replace_file',
-           'parse_json', 'load_json', 'sealed', 'unsealed', 'file_hash', 'timestamp', 'remove']
+           'parse_json', 'load_json', 'sealed', 'unsealed', 'file_hash', 'timestamp', 'remove', 'deliver']
 
 # %% ../../nbs/00a_files.ipynb #5c5e0b37
 import errno
@@ -335,3 +335,34 @@ def remove(
     from shutil import rmtree
     if folder.is_symlink() or folder.is_file(): folder.unlink(missing_ok=True)
     else: rmtree(folder, ignore_errors=True)
+
+# %% ../../nbs/00a_files.ipynb #de11fe70
+def deliver(
+    path:Path, # A file or a link to one, there or not yet; a pipe that somebody reads; a device
+    content:bytes
+)->None:
+    "Puts `content` where a person wants it: a file is the old or the new one as a whole; an OSError names `path`"
+    try:
+        try: fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError: return _renew(path, content)
+        with open(fd, "wb", buffering=0):
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISREG(mode): return _renew(path, content, stat.S_IMODE(mode))
+            os.set_blocking(fd, True)
+            write_all(fd, content)
+    except OSError as e:
+        why = {errno.ENXIO: "Nobody reads it", errno.EPIPE: "Who read it is gone"}.get(e.errno, e.strerror)
+        raise OSError(e.errno, why, str(path)) from None
+
+
+def _renew(path:Path, content:bytes, mode:int | None=None) -> None:
+    "The file that `path` leads to, in one step; `mode`: its permissions, else those that the umask gives"
+    target = Path(os.path.realpath(path))
+    new = target.with_name(f".{os.urandom(8).hex()}.tmp")
+    try:
+        with open(new, "xb", buffering=0) as file:
+            if mode is not None: os.fchmod(file.fileno(), mode)
+            write_all(file.fileno(), content)
+            sync_fd(file.fileno())
+        os.replace(new, target)
+    finally: new.unlink(missing_ok=True)
