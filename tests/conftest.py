@@ -17,6 +17,11 @@ from llm_trainer.runs.run import list_runs
 hear_interrupts()
 ROOT = Path(__file__).parent.parent
 
+INSTEAD = {  # what may lie where a folder or a file belongs
+    "pipe": os.mkfifo, "file": Path.touch, "loop": lambda at: at.symlink_to(at.name),
+    "link": lambda at: at.symlink_to("nowhere"), "folder": lambda at: (at / "full").mkdir(parents=True)}
+instead = pytest.mark.parametrize("instead", INSTEAD.values(), ids=INSTEAD)
+
 
 def until(condition, seconds=240):
     "What `condition` gives once it is true: asserted is that it comes, not when"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import INSTEAD, instead
 from safetensors.torch import save as reference_bytes
 from torture.store import ACTIONS, HERE, content, exit_code_of, small_store, sound
 
@@ -333,6 +335,31 @@ def test_a_kill_between_the_two_names_of_a_replaced_step_loses_nothing(store):
     assert store.select() == store.path(30)
     store.sweep()
     assert not [n for n in os.listdir(store.folder) if n.startswith(".")]
+
+
+@instead
+def test_nothing_in_the_place_of_a_checkpoint_keeps_a_save_from_it(store, instead):
+    for name in (step_name(40), f".tmp-{step_name(40)}", f".old-{step_name(40)}", f".old-{step_name(30)}"):
+        instead(store.folder / name)
+    for step in (40, 50): assert not verify(store.save(step, content(step)).path)
+    assert sorted(os.listdir(store.folder)) == ["index.json", *map(step_name, (30, 40, 50))]
+    os.rename(store.path(50), store.folder / f".old-{step_name(50)}")  # what a kill leaves
+    if instead is not INSTEAD["folder"]: instead(store.path(50))
+    store.sweep()
+    assert store.select() == store.path(50)
+
+
+@pytest.mark.parametrize("level", ["calm-heron-0001", "checkpoints"])
+@pytest.mark.parametrize("kind", ["pipe", "file", "loop", "link"])
+def test_what_is_no_folder_of_checkpoints_is_said_with_the_line_that_mends_it(tmp_path, kind, level):
+    store = small_store(tmp_path / "checkpoints", ())
+    if level != "checkpoints": store.folder.parent.mkdir()
+    INSTEAD[kind](next(path for path in (store.folder, *store.folder.parents) if path.name == level))
+    for act in (store.steps, store.index, store.verify, store.select):
+        with pytest.raises(CheckpointError, match="is no folder") as said: act()
+    with pytest.raises(SaveFailed): store.save(10, content(10))
+    subprocess.run(shlex.split(str(said.value).partition("away: ")[2]), check=True)
+    assert store.steps() == [] and not verify(store.save(10, content(10)).path)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])

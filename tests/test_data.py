@@ -9,6 +9,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from conftest import instead
 from hypothesis import given, settings, strategies as st
 
 from llm_trainer.data.cache import prepared, read_record
@@ -237,6 +238,22 @@ def test_an_interrupted_build_leaves_nothing_that_counts(tmp_path):
     (tmp_path / ".x.part").mkdir()  # what a kill -9 leaves
     (tmp_path / ".x.part" / "half").write_text("half")
     assert "half" not in prepared(tmp_path / "x", "r.json", lambda work: {}, silent)["files"]
+
+
+@instead
+def test_nothing_in_the_place_of_a_cache_keeps_it_from_being_made(tmp_path, instead):
+    def build(work):
+        (work / "file").write_text("whole")
+        return {}
+    for name in ("x", ".x.part"): instead(tmp_path / name)
+    record = prepared(tmp_path / "x", "r.json", build, silent)
+    assert read_record(tmp_path / "x", "r.json") == (record, None)
+    for name in ("r.json", "file"):
+        (tmp_path / "x" / name).unlink()
+        instead(tmp_path / "x" / name)
+        assert prepared(tmp_path / "x", "r.json", build, silent) == record
+        assert read_record(tmp_path / "x", "r.json") == (record, None)
+    assert sorted(os.listdir(tmp_path)) == ["x"]
 
 
 def _open_in_a_process(data, log):

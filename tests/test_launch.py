@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import program, until
+from conftest import instead, program, until
 
 from hearing import Heard
 from llm_trainer import workspace
@@ -26,6 +26,7 @@ from llm_trainer.config import load_config
 from llm_trainer.errors import BusyError, CheckpointError, DataError, NotFoundError, RunFailed, UsageError
 from llm_trainer.runs.run import Run, create_run, find_run, list_runs
 from llm_trainer.runs.writer import RunWriter
+from llm_trainer.system.files import remove
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -367,6 +368,32 @@ def test_a_device_lock_that_names_nobody_is_still_held(space, busy, damage):
     other.lock.release()
 
 
+@instead
+@pytest.mark.parametrize("place", ["the queue", "the device", "its lock"])
+def test_what_lies_in_the_place_of_the_queue_keeps_no_run_from_its_device(space, place, instead):
+    one, two = (create_run(space.runs, tiny().to_dict(), name, locked=True) for name in ("one", "two"))
+    device = launch.Queue(space.runs, tiny().to_dict())
+    lock = device.lines[0].lock.path
+    at = {"the queue": lock.parents[1], "the device": lock.parent, "its lock": lock}[place]
+    at.parent.mkdir(parents=True, exist_ok=True)
+    instead(at)
+    device.take_ticket(one)
+    assert device.try_acquire(one) and launch.Queue(space.runs, tiny().to_dict()).take_now(two) == ["one"]
+    for held in (device, one.lock, two.lock): held.release()
+    late = launch.start(tiny(), space, background=False)
+    remove(at)
+    instead(at)
+    assert worker.work(late, space, events=lambda writer: iter([COMPLETED])) == 0
+
+
+def test_a_log_that_can_not_be_written_costs_only_the_log(shared):
+    run = launch.start(tiny(epochs=1, max_steps=1, eval_every=0), shared, "unheard", background=False)
+    run.lock.release()
+    (run.folder / "train.log").unlink(missing_ok=True)
+    os.mkfifo(run.folder / "train.log")
+    assert ended(launch.resume(run, shared)).status == "completed" and run.why_no_log() == "not a regular file"
+
+
 def test_text_that_is_missing_is_a_matter_of_data(space):
     run = launch.start(tiny(), space, background=False)
 
@@ -613,4 +640,11 @@ def test_resume_looks_at_the_checkpoints_before_it_promises(space):
     assert program(space, "resume", "one", "--checkpoint", str(steps[-1])).returncode == 1
     for step in steps: damage(step)
     assert program(space, "resume", "one", "--more-epochs", "1").returncode == 1
+    os.rename(space.checkpoints / "one", space.checkpoints / "two")
+    os.mkfifo(space.checkpoints / "one")
+    for words in (["resume", "one"], ["resume", "one", "--more-epochs", "1"], ["verify", "one"],
+                  ["generate", "one", "--prompt", "The"]):
+        refused = program(space, *words)
+        assert refused.returncode == 1 and "one is no folder" in refused.stderr and "mv " in refused.stderr
     assert run.attempts() == before and run.status().status == "completed"
+    assert program(space, "delete", "one", "--yes").returncode == 0 and os.listdir(space.checkpoints) == ["two"]

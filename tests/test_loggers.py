@@ -2,12 +2,13 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import INSTEAD, until
 
 from llm_trainer import workspace
 from llm_trainer.cli.commands import main
@@ -151,6 +152,15 @@ def test_training_goes_on_whatever_becomes_of_the_logger(space):
           and "Sent" in (run.folder / "log-to.txt").read_text())
     assert [s for s, _ in curve(run)] == [r["step"] for r in run.metrics("train")] and len(curve(run)) == 12
     assert len(read(run).Tensors("samples/text_summary")) == len(run.samples()) > 0
+
+
+@pytest.mark.parametrize("kind", ["nothing", "pipe", "link", "loop", "folder"])
+def test_a_log_that_can_not_be_written_costs_the_logger_nothing_else(run, kind):
+    log = run.folder / "log-to.txt"
+    if kind != "nothing": INSTEAD[kind](log)
+    assert loggers.start(run, workspace.find(), ["tensorboard"]).wait() == 0 and len(curve(run)) == 20
+    if kind == "nothing": assert stat.S_IMODE(log.stat().st_mode) == 0o600 and "Sent" in log.read_text()
+    assert not (run.folder / "nowhere").exists()
 
 
 @pytest.mark.parametrize("words, says", [

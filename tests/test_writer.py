@@ -2,11 +2,14 @@
 import math
 import os
 import re
+import stat
 import time
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import INSTEAD, instead
 
 from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.runs import writer as w
@@ -16,8 +19,8 @@ from llm_trainer.runs.state import (
     ENDED, LIVE, STATES, State, derive, list_devices, look_of, proper, silence, slowest_of, stall_timeout, unheard)
 from llm_trainer.system import process
 from llm_trainer.system.files import (
-    Appender, Follower, encode, file_hash, load_json, log_line, overwrite, parse, plain, read_json, remove, sealed,
-    timestamp, unsealed, write_whole)
+    Appender, Follower, encode, file_hash, load_json, log_line, open_log, open_regular, open_to_add, overwrite, parse,
+    plain, read_json, remove, replace_file, sealed, timestamp, unsealed, write_whole)
 from llm_trainer.training.checkpoint import Checkpoints, StepFolders
 from llm_trainer.errors import CheckpointError
 
@@ -448,6 +451,29 @@ def test_links_are_followed_only_where_one_says_so(tmp_path):
     remove(tmp_path / "folder")
     remove(tmp_path / "folder")
     assert sorted(os.listdir(tmp_path)) == ["a.json", "link"]
+
+
+@instead
+def test_what_lies_in_the_way_of_a_record_is_removed_without_a_wait(tmp_path, instead):
+    for name in ("at", ".x.json.tmp", ".x.json.new"): instead(tmp_path / name)
+    remove(tmp_path / "at", quiet=False)
+    write_whole(tmp_path / "x.json", {"a": 1})
+    replace_file(tmp_path / "x.json", b'{"a": 2}')
+    assert os.listdir(tmp_path) == ["x.json"] and read_json(tmp_path / "x.json") == {"a": 2}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop", "link", "folder", "device"])
+def test_only_a_regular_file_is_read_or_written(run, tmp_path, kind):
+    at = Path("/dev/null") if kind == "device" else tmp_path / "at"
+    if kind != "device": INSTEAD[kind](at)
+    for act in (open_regular, open_to_add, lambda at: overwrite(at, {"a": 1}), lambda at: Appender(at).write(b"x")):
+        with pytest.raises(OSError): act(at)
+    with open_log(at) as nowhere: nowhere.write(b"lost")
+    (run.folder / "notes.txt").unlink(missing_ok=True)
+    if kind != "device": os.rename(at, run.folder / "notes.txt")
+    elif os.geteuid() == 0: os.mknod(run.folder / "notes.txt", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    else: return
+    with pytest.raises(OSError): run.add_note("kept?")
 
 
 def test_a_seal_holds_no_number_that_is_none(tmp_path):

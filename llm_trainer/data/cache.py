@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import CheckpointError
 from ..events import Emit, Note, print_notes
-from ..system.files import file_hash, sync_fd
+from ..system.files import file_hash, load_json, open_regular, remove, sync_fd
 from ..system.locks import Lock
 from ..system.process import process_state
 
@@ -39,14 +39,15 @@ def read_record(
     "The record of a prepared folder, after checking the folder against it"
     if not folder.exists(): return None, None
     try:
-        record = json.loads((folder / name).read_text(encoding="utf-8"))
+        record = load_json(folder / name, follow=True)
         if record["digest"] != _digest(record): return None, f"{name} is damaged"
         for file, about in record["files"].items():
             path = folder / file
             if path.stat().st_size != about["size"]: return None, f"{file} is damaged"
             if full and file_hash(path, follow=True) != about["sha256"]: return None, f"{file} is damaged"
     except FileNotFoundError as e: return None, f"{Path(e.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None, f"{name} is damaged"
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError, AttributeError):
+        return None, f"{name} is damaged"
     return record, None
 
 # %% ../../nbs/02_cache.ipynb #e9c3cef4
@@ -71,7 +72,8 @@ def locked(
 
 def _holder(path:Path) -> str:
     "` (pid 12, which is suspended: kill -CONT 12)`, as far as the lock file and the system tell"
-    try: pid = int(path.read_text("ascii")[:12])
+    try:
+        with open_regular(path) as f: pid = int(f.read(12))
     except (OSError, ValueError): return ""
     return f" (pid {pid}" + (f", which is suspended; let it go on: kill -CONT {pid})" if process_state(pid) == "stopped"
                              else ")")
@@ -79,7 +81,7 @@ def _holder(path:Path) -> str:
 
 def _seal(path:Path) -> str:
     "SHA-256 of a file whose bytes are on the disk from now on"
-    with open(path, "rb") as f: sync_fd(f.fileno())
+    with open_regular(path) as f: sync_fd(f.fileno())
     return file_hash(path)
 
 
@@ -101,7 +103,7 @@ def prepared(
         if record: return record
         if problem: emit(Note(f"{folder} is made again: {problem}."))
         work = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         work.mkdir(mode=0o700, parents=True)
         try:
             record = {"format_version": 1, **build(work)}
@@ -110,9 +112,9 @@ def prepared(
             record["digest"] = _digest(record)
             (work / name).write_text(json.dumps(record, indent=1), encoding="utf-8")
             _seal(work / name)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             os.rename(work, folder)
-        finally: shutil.rmtree(work, ignore_errors=True)
+        finally: remove(work)
         for made in _on_trial: made.append(folder)
     return record
 
@@ -126,6 +128,6 @@ def provisional(
     _on_trial.append(made)
     try: yield
     except errors:
-        for folder in made: shutil.rmtree(folder, ignore_errors=True)
+        for folder in made: remove(folder)
         raise
     finally: _on_trial[:] = [other for other in _on_trial if other is not made]

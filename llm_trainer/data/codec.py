@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from .pretrained import OLDER, no_tokenizer
 from .tables import valid
 from ..errors import NotFoundError, UsageError
+from ..system.files import open_regular
 
 # %% auto #0
 __all__ = ['EOT', 'KINDS', 'BYTES', 'AROUND', 'byte_backend', 'read_text', 'read_json', 'parsed', 'Codec']
@@ -63,7 +64,7 @@ _CONVERT = ("import os\nfrom transformers.convert_slow_tokenizer import TikToken
 def _foreign(file:Path) -> UsageError | None:
     "The refusal of a tokenizer of tiktoken or sentencepiece; None for another file"
     if file.suffix.lower() not in (".tiktoken", ".model", ".spm", ".vocab") or not file.is_file(): return None
-    with open(file, "rb") as f: head = f.read(200)
+    with open_regular(file, follow=True) as f: head = f.read(200)
     if _RANKS.match(head):
         script = _CONVERT.format(path=str(file), pattern=_GPT2)
         return UsageError(f"{file} is a tokenizer of tiktoken: it doesn't say how text is divided into words.\n"
@@ -86,7 +87,8 @@ def read_text(
         f"There is no tokenizer at {file}.\nGive a folder with a tokenizer.json, or one of {', '.join(KINDS)}.")
     if file.stat().st_size > _LARGEST:
         raise UsageError(f"{file} is too large for a tokenizer: over {_LARGEST >> 20} MB.")
-    try: return file.read_bytes().decode()
+    try:
+        with open_regular(file, follow=True) as f: return f.read().decode()
     except UnicodeDecodeError: raise UsageError(f"{file} is not a tokenizer: it is not UTF-8 text.") from None
 
 

@@ -18,7 +18,7 @@ from .cache import prepared
 from .hub import HubError
 from ..errors import DataError, NotFoundError, UsageError
 from ..events import Emit, Note, Progress, print_notes
-from ..system.files import read_json
+from ..system.files import read_json, remove
 from ..terminal import size
 
 # %% auto #0
@@ -122,7 +122,7 @@ def fetch_model(
                 "was published.\nTry again later; nothing of it was kept.")
             done += length
             emit(Progress(f"fetching {repo}", done, total))
-        shutil.rmtree(work / ".cache", ignore_errors=True)
+        remove(work / ".cache")
         return {"name": name}
     prepared(folder, "record.json", build, emit)
     return name, folder

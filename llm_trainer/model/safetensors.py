@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..system.files import parse_json, write_file
+from ..system.files import open_regular, parse_json, write_file
 
 # %% ../../nbs/05b_safetensors.ipynb #5375fb91
 # The dtypes of safetensors, narrowest first: the order in which the reference writer ranks them
@@ -57,7 +57,7 @@ def write_tensors(
 def read_header(path:Path) -> dict: # name → {dtype, shape, data_offsets}
     "The header of a safetensors file, its claims checked against the file's real size"
     def bad(why): return CheckpointError(f"{path} is not a usable safetensors file: {why}.")
-    with open(path, "rb") as file:
+    with open_regular(path, follow=True) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > min(size - 8, 100_000_000): raise bad(f"a header of {length:,} in {size:,} bytes")

@@ -13,7 +13,7 @@ from llm_trainer.config import Config, differences
 from llm_trainer.data.pretrained import PICKLES, TEMPLATES, pickled
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.runs.run import Run
-from llm_trainer.system.files import read_json
+from llm_trainer.system.files import read_json, remove
 from llm_trainer.terminal import clean, count
 
 STAYS = ("state", "manifest.json")  # what of a checkpoint only this program reads
@@ -34,12 +34,12 @@ def written(
         raise NotFoundError(f"The folder {clean(str(out.absolute().parent), '')} does not exist.")
     for old in out.absolute().parent.glob(f".{_literal(out.name)}.*.tmp"):
         pid = old.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)): _remove(old)
+        if pid.isdigit() and not _alive(int(pid)): remove(old)
     hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         yield hidden
         hidden.rename(out)
-    finally: _remove(hidden)
+    finally: remove(hidden)
 
 
 @contextmanager
@@ -68,10 +68,6 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError: return False
     except OSError: pass
     return True
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def copy_folder(

@@ -21,7 +21,7 @@ from llm_trainer.system import failpoints, locks, process
 from llm_trainer.training.checkpoint import Checkpoints
 from llm_trainer.errors import BusyError, CheckpointError, NotFoundError, RunFailed, UsageError
 from llm_trainer.events import Emit, print_notes, silent
-from llm_trainer.system.files import CREATE, FULL, remove, sync_folder, write_whole
+from llm_trainer.system.files import FULL, open_log, remove, sync_folder, write_whole
 from llm_trainer.terminal import duration
 from llm_trainer.runs.queue import Queue, choose_devices, kind_of
 from llm_trainer.runs.run import RUN_ID, Run, check_id, create_run, is_run, sweep
@@ -124,14 +124,12 @@ def _began(state: State, pid: int) -> bool:
 def _spawn(run: Run, space: Workspace) -> subprocess.Popen:
     "The worker: its own session, streams to train.log, the run's lock as an open descriptor"
     failpoints.hit("worker.spawn")
-    log = os.open(run.folder / "train.log", os.O_WRONLY | os.O_APPEND | CREATE, 0o600)
-    try:
+    with open_log(run.folder / "train.log") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "llm_trainer.runs.worker", str(run.folder), "--lock-fd",
              str(run.lock.fileno())],
             cwd=space.root, env=environment(space), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True, pass_fds=[run.lock.fileno()])
-    finally: os.close(log)
 
 
 def command(*words: str) -> list[str]:

@@ -19,7 +19,7 @@ from llm_trainer.errors import BusyError, LLMTrainerError, UsageError
 from llm_trainer.runs.launch import environment
 from llm_trainer.runs.run import Run
 from llm_trainer.runs.state import TERMINAL
-from llm_trainer.system.files import Follower, read_json, write_whole
+from llm_trainer.system.files import Follower, open_log, read_json, write_whole
 from llm_trainer.system.locks import Lock
 from llm_trainer.terminal import clean
 from llm_trainer.workspace import Workspace
@@ -315,6 +315,6 @@ def start(
 ) -> subprocess.Popen:
     "A process of its own, at low priority, that sends a run to `names` until it has ended; it outlives this one"
     command = [sys.executable, "-P", "-m", "llm_trainer", "log-to", run.id, ",".join(names)]
-    with open(run.folder / "log-to.txt", "ab") as out:
+    with open_log(run.folder / "log-to.txt") as out:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=space.root,
                                 env=environment(space), start_new_session=True, preexec_fn=lambda: os.nice(10))

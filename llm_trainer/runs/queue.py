@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
 from hashlib import sha256
@@ -11,7 +12,7 @@ from typing import Any
 from llm_trainer.errors import UsageError
 from llm_trainer.runs.run import RUN_ID, Run
 from llm_trainer.system import locks, process
-from llm_trainer.system.files import CREATE
+from llm_trainer.system.files import CREATE, open_regular, remove
 
 
 # -- Which devices --
@@ -113,7 +114,6 @@ class Queue:
 
     def take_now(self, run: Run) -> list[str]:
         "Takes the free devices out of turn, so that runs with tickets wait for this one; gives those before it"
-        for line in self.lines: line.open()
         others = self.blockers(run)
         for line in self.lines: line.take(run)
         return others
@@ -136,15 +136,21 @@ class _Line:
 
     def take_ticket(self, run: Run, at: int) -> None:
         self.open()
-        os.close(os.open(self.folder / f"{at:020d}.{run.id}", os.O_WRONLY | CREATE, 0o600))
+        os.close(os.open(self.folder / f"{at:020d}.{run.id}", os.O_WRONLY | os.O_EXCL | CREATE, 0o600))
 
     def open(self) -> None:
-        for folder in (self.folder.parent, self.folder): folder.mkdir(mode=0o700, exist_ok=True)
+        "Makes the folders. It only orders runs, so whatever lies in their place or in that of the lock has to go"
+        for folder in (self.folder.parent, self.folder):
+            if not folder.is_dir():
+                with suppress(OSError): folder.unlink()  # a folder that another run has just made stays
+            folder.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(self.lock.path).st_mode): remove(self.lock.path)
 
     def earlier(self, run: Run | None) -> list[str]:
         "The runs whose ticket comes before this one's, in order; all that wait when it has none"
         try: tickets, found = sorted(name for name in os.listdir(self.folder) if "." in name), []
-        except FileNotFoundError: return []
+        except OSError: return []  # whoever takes the device will hear of it
         for ticket in tickets:
             run_id = ticket.partition(".")[2]
             if run and run_id == run.id: break
@@ -158,12 +164,14 @@ class _Line:
 
     def holder(self) -> list[str]:
         "The run that holds the device's lock, by the name it wrote there"
-        try: name = self.lock.path.read_text("ascii", "replace")
+        try:
+            with open_regular(self.lock.path) as f: name = f.read(99).decode("ascii", "replace")
         except OSError: return []
         held = RUN_ID.fullmatch(name) and all(map(locks.is_locked, (self.lock.path, self.runs / name / "lock")))
         return [name] if held else []
 
     def take(self, run: Run) -> bool:
+        self.open()
         if not self.lock.acquire(): return False
         with suppress(OSError):  # a full disk costs the others the name, not this run the device
             os.ftruncate(self.lock.fileno(), 0)

@@ -19,7 +19,7 @@ from llm_trainer.runs.charts import Curve, plot, svg
 from llm_trainer.runs.compare import curve
 from llm_trainer.runs.run import Run
 from llm_trainer.runs.state import State
-from llm_trainer.system.files import read_json, timestamp
+from llm_trainer.system.files import open_regular, read_json, timestamp
 from llm_trainer.terminal import clean, count, duration, size
 from llm_trainer.workspace import Workspace
 
@@ -196,8 +196,10 @@ def _flags(attempts: list[dict]) -> set[str]:
 
 def _reasons(file: Path | None) -> dict[str, str]:
     "The remarks that a profile has behind its settings"
-    try: text = file.read_text(encoding="utf-8")[:65_536] if file else ""
-    except (OSError, ValueError): return {}
+    if not file: return {}
+    try:
+        with open_regular(file, follow=True) as f: text = f.read(65_536).decode(errors="replace")
+    except OSError: return {}
     found = re.findall(r"^(\w+)[ \t]*=[^#\n]*#[ \t]*(.+)$", text, re.M)
     return {name: _line(remark) for name, remark in found}
 

@@ -21,9 +21,9 @@ from typing import Any
 from ..errors import BusyError, NotFoundError, UsageError
 from .state import LIVE, TERMINAL, State, derive
 from ..system import locks
-from llm_trainer.system.files import (
-    CREATE, FORMAT, Appender, Follower, encode, log_line, open_regular, read_json, read_lines, remove, sync_folder,
-    timestamp, write_whole)
+from ..system.files import (
+    CREATE, FORMAT, Appender, Follower, encode, log_line, open_regular, open_to_add, read_json, read_lines, remove,
+    sync_folder, timestamp, write_whole)
 from ..terminal import clean, count, duration, literal, size, sparkline
 
 # %% ../../nbs/09a_run.ipynb #3761c5ba
@@ -160,12 +160,10 @@ class Logged(Written):
         line = " ".join(clean(text, keep="").split())
         if not line:
             raise UsageError(f"A note has a word at least: llm-trainer note {self.id} 'lower rate, better end'")
-        fd = os.open(self.folder / "notes.txt", os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | CREATE, 0o600)
-        try:
-            end = os.fstat(fd).st_size
-            whole = not end or os.pread(fd, 1, end - 1) == b"\n"
-            os.write(fd, f"{'' if whole else chr(10)}{line}\n".encode())
-        finally: os.close(fd)
+        with open_to_add(self.folder / "notes.txt") as f:
+            end = os.fstat(f.fileno()).st_size
+            whole = not end or os.pread(f.fileno(), 1, end - 1) == b"\n"
+            f.write(f"{'' if whole else chr(10)}{line}\n".encode())
 
 # %% ../../nbs/09a_run.ipynb #e345f4ad
 def why_unknown(

@@ -6,8 +6,9 @@ Docs: https://llm-trainer.github.io/llm_trainer/files.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'plain', 'encode', 'write_whole', 'overwrite', 'sync_folder', 'open_regular', 'parse', 'read_json',
-           'read_lines', 'Appender', 'Follower', 'path_of', 'log_line', 'sync_fd', 'write_file', 'replace_file',
-           'parse_json', 'load_json', 'sealed', 'unsealed', 'file_hash', 'timestamp', 'remove', 'deliver']
+           'read_lines', 'open_to_add', 'open_log', 'Appender', 'Follower', 'path_of', 'log_line', 'sync_fd',
+           'write_file', 'replace_file', 'parse_json', 'load_json', 'sealed', 'unsealed', 'file_hash', 'timestamp',
+           'remove', 'deliver']
 
 # %% ../../nbs/00a_files.ipynb #5c5e0b37
 import errno
@@ -21,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,18 @@ def write_all(fd:int, data:bytes) -> None:
     "Writes all of `data` to the file descriptor `fd`, in as many pieces as it takes"
     while data: data = data[os.write(fd, data):]
 
+
+def regular(
+    path:Path,
+    flags:int, # For os.open
+    follow:bool=False # Whether `path` may be a symbolic link
+)->int: # An open file descriptor
+    "The regular file `path`, opened without waiting; OSError when it is missing, a link, a pipe or a device"
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), 0o600)
+    if stat.S_ISREG(os.fstat(fd).st_mode): return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
 # %% ../../nbs/00a_files.ipynb #f596806c
 def write_whole(
     path:Path,
@@ -73,7 +87,8 @@ def write_whole(
     "Replaces the JSON file `path` by `record`, as one act; one writer at a time, unless each is told `aside`"
     tmp = path.with_name(f".{path.name}{aside}.tmp")
     try:
-        fd = os.open(tmp, os.O_WRONLY | os.O_TRUNC | CREATE, 0o600)
+        remove(tmp)
+        fd = os.open(tmp, os.O_WRONLY | os.O_EXCL | CREATE, 0o600)
         try:
             write_all(fd, encode(record, exact))
             if durable: sync_fd(fd)
@@ -81,14 +96,14 @@ def write_whole(
         if path.name == "state.json": failpoints.hit("state.write")
         os.replace(tmp, path)
     except OSError:
-        tmp.unlink(missing_ok=True)
+        remove(tmp)
         raise
     if durable: sync_folder(path.parent)
 
 
 def overwrite(path:Path, record:dict[str, Any]) -> None:
     "Writes `record` over the file `path`, padded to its size: all that a full disk allows"
-    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = regular(path, os.O_WRONLY)
     try: write_all(fd, encode(record).rstrip(b"\n").ljust(os.fstat(fd).st_size - 1) + b"\n")
     finally: os.close(fd)
 
@@ -104,12 +119,9 @@ _decode = json.JSONDecoder(parse_constant=lambda name: None).decode
 _LIMIT = 8 << 20  # bytes of one record; no honest one comes near
 
 
-def open_regular(path:Path):
-    "The regular file `path` for reading bytes; OSError when it is missing, a link, a pipe or a device"
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(fd).st_mode): return open(fd, "rb")
-    os.close(fd)
-    raise OSError(errno.EINVAL, "not a regular file", str(path))
+def open_regular(path:Path, follow:bool=False):
+    "The file `path` for reading bytes, as `regular` opens it"
+    return open(regular(path, os.O_RDONLY, follow), "rb")
 
 
 def parse(line:bytes) -> dict[str, Any] | None:
@@ -135,6 +147,17 @@ def read_lines(path:Path) -> Iterator[dict[str, Any]]:
     except OSError: return
 
 # %% ../../nbs/00a_files.ipynb #7da24494
+def open_to_add(path:Path):
+    "The file `path` for adding bytes, unbuffered and as `regular` opens it; made where there is none"
+    return open(regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "ab", buffering=0)
+
+
+def open_log(path:Path):
+    "The same for what a process prints; where `path` can't be such a file, it prints to nowhere"
+    try: return open_to_add(path)
+    except OSError: return open(os.devnull, "ab", buffering=0)
+
+
 class Appender:
     "A file of lines that only ever grows; every problem is an OSError of `write`, which may be called again"
     def __init__(self,
@@ -158,7 +181,7 @@ class Appender:
 
     def _open(self) -> int:
         "Opens the file and mends its torn last line: a whole record gets its newline, a part is cut off"
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | CREATE, 0o600)
+        fd = regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         end = os.fstat(fd).st_size
         tail = os.pread(fd, _LIMIT, max(0, end - _LIMIT))
         rest = tail[tail.rfind(b"\n") + 1:]
@@ -260,7 +283,7 @@ def write_file(
 def replace_file(path:Path, content:bytes) -> None:
     "Put `content` at `path` in one step: readers see the old file or the new one, also after a power cut"
     new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
+    remove(new)
     try:
         write_file(new, [content])
         failpoints.hit("index.before-replace")
@@ -306,7 +329,8 @@ def unsealed(path:Path) -> dict:
     "What `sealed` wrote to `path`; a CheckpointError if a single bit of it changed"
     content = load_json(path)
     content.pop("digest", None)
-    if path.read_bytes() != sealed(content): raise CheckpointError(f"{path.name} was changed after it was written")
+    with open_regular(path) as file: same = file.read() == sealed(content)
+    if not same: raise CheckpointError(f"{path.name} was changed after it was written")
     return content
 
 # %% ../../nbs/00a_files.ipynb #b381f38f
@@ -329,12 +353,14 @@ def timestamp(
 
 
 def remove(
-    folder:Path # Or a link, of which only the link goes
+    path:Path, # A folder, or whatever lies there instead
+    quiet:bool=True # Let stay what can't be removed; False: OSError
 )->None:
-    "Deletes a folder and what is in it, following no links; one that is gone is fine"
+    "Deletes what is at `path`: a real folder with all that is in it, of a link the link; one that is gone is fine"
     from shutil import rmtree
-    if folder.is_symlink() or folder.is_file(): folder.unlink(missing_ok=True)
-    else: rmtree(folder, ignore_errors=True)
+    with suppress(OSError if quiet else FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode): rmtree(path, ignore_errors=quiet)
+        else: os.unlink(path)
 
 # %% ../../nbs/00a_files.ipynb #de11fe70
 def deliver(

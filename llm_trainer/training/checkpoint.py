@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import shutil
 import time
 import weakref
@@ -28,7 +29,8 @@ from ..errors import CheckpointError, NotFoundError, RunFailed, UsageError
 from ..events import Emit, Note, Progress, print_notes, silent
 from ..model.safetensors import read_tensors, tensor_chunks
 from ..system import failpoints
-from ..system.files import file_hash, path_of, replace_file, sealed, sync_folder, sync_fd, unsealed, write_file
+from ..system.files import (
+    file_hash, open_regular, path_of, remove, replace_file, sealed, sync_folder, sync_fd, unsealed, write_file)
 
 # %% ../../nbs/07_checkpoint.ipynb #929c5244
 def weights_hash(
@@ -61,7 +63,7 @@ def seal(
         path = Path(entry.path)
         if name not in hashes:
             os.chmod(path, 0o600)
-            with open(path, "rb") as file: sync_fd(file.fileno())
+            with open_regular(path) as file: sync_fd(file.fileno())
         files[name] = {"size": path.stat().st_size, "sha256": hashes.get(name) or file_hash(path)}
         failpoints.hit("save.after-file")
     failpoints.hit("save.before-manifest")
@@ -123,11 +125,11 @@ def place(
     os.mkdir(temporary, 0o700)
     total = seal(temporary, run_id, step, write(temporary))
     failpoints.hit("save.before-rename")
-    if final.exists(): os.rename(final, replaced)
+    if os.path.lexists(final): os.rename(final, replaced)
     os.rename(temporary, final)
     failpoints.hit("save.after-rename")
     sync_folder(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
     return total
 
 
@@ -135,10 +137,13 @@ def sweep(
     folder:Path # `checkpoints/<run>`
 )->None:
     "Remove what killed saves left behind; only the process that saves may call it"
-    for entry in os.scandir(folder) if folder.exists() else ():
+    for entry in os.scandir(folder) if folder.is_dir() else ():
         prefix, _, name = entry.name.partition("-")
-        if prefix == ".old" and not (folder / name).exists(): os.rename(entry.path, folder / name)
-        elif prefix in (".tmp", ".old"): shutil.rmtree(entry.path, ignore_errors=True)
+        saved = prefix == ".old" and entry.is_dir(follow_symlinks=False)
+        if saved and not (folder / name).is_dir():
+            remove(folder / name)
+            os.rename(entry.path, folder / name)
+        elif prefix in (".tmp", ".old"): remove(Path(entry.path))
 
 # %% ../../nbs/07_checkpoint.ipynb #315e8f8d
 @dataclass(frozen=True)
@@ -212,9 +217,15 @@ class StepFolders:
         return self.folder / step_name(step)
 
     def steps(self) -> list[int]:
-        "The steps that were saved, oldest first"
+        "The steps that were saved, oldest first; CheckpointError where something else lies in the folder's place"
         try: entries = list(os.scandir(self.folder))
-        except FileNotFoundError: return []
+        except OSError as e:
+            there = next(path for path in (self.folder, *self.folder.parents) if os.path.lexists(path))
+            if not there.is_dir(): raise CheckpointError(
+                f"{there} is no folder: no checkpoint of {self.run_id} can be read there, or saved.\nMove it away: "
+                f"mv {shlex.quote(str(there))} {shlex.quote(f'{there}.away')}") from None
+            if isinstance(e, FileNotFoundError): return []
+            raise
         return sorted(int(e.name[5:]) for e in entries
                       if re.fullmatch(r"step-\d{8,}", e.name) and e.is_dir(follow_symlinks=False))
 
@@ -260,12 +271,11 @@ class SavedSteps(StepFolders):
 
     def index(self) -> dict[int, dict]: # step → {val_loss, pins, verified_at}
         "What is known of each saved step; the folders decide which exist, index.json adds losses and pins"
-        known = {}
+        known, steps = {}, self.steps()
         try: known = unsealed(self.folder / "index.json")["checkpoints"]
         except FileNotFoundError: pass
         except OSError as e: self.emit(Note(f"{self.folder / 'index.json'} can't be read: {e.strerror}."))
         except CheckpointError as e: self.emit(Note(f"{e}; the validation losses and pins in it are lost."))
-        steps = self.steps()
         return index_of(steps, {step: {**known.get(str(step), {}), **self._unwritten.get(step, {})} for step in steps})
 
     def record(self, step:int, val_loss:float | None, **more) -> None:
@@ -323,7 +333,7 @@ def prune(
             dying = saved.folder / f".tmp-{step_name(step)}"
             os.rename(saved.path(step), dying)
             failpoints.hit("prune.middle")
-            shutil.rmtree(dying)
+            remove(dying, quiet=False)
     except OSError as e:
         saved.emit(Note(f"An old checkpoint in {saved.folder} could not be removed: {e.strerror or e}."))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.transformer import GPT
+from ..system.files import open_regular
 try:
     import triton
     import triton.language as tl
@@ -204,7 +205,7 @@ def keep_compiled(
             os.write(fd := os.open(home / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), os.urandom(32))
             os.close(fd)
         except FileExistsError: pass
-        key = (home / "key").read_bytes()
+        with open_regular(home / "key", follow=True) as file: key = file.read()
     except (OSError, RuntimeError): return None
     if len(key) < 32: return None
     folder = data / "compiled" / hashlib.sha256(key).hexdigest()[:16]

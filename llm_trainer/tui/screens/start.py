@@ -18,6 +18,7 @@ from textual.widgets import Input, Label, Select, Static
 from llm_trainer import config as settings
 from llm_trainer.errors import LLMTrainerError
 from llm_trainer.runs.launch import command, environment, take_devices
+from llm_trainer.system.files import open_regular
 from llm_trainer.tui.glyphs import line
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.top_bar import TopBar
@@ -33,7 +34,8 @@ def shown(value: Any) -> str:
 
 def purpose(profile: Path) -> str:
     "What a profile says of itself: the comment at its head"
-    try: lines = profile.read_text(errors="replace").splitlines()
+    try:
+        with open_regular(profile, follow=True) as f: lines = f.read(65_536).decode(errors="replace").splitlines()
     except OSError as problem: return str(problem)
     return line(" ".join(row.lstrip("# ") for row in takewhile(lambda row: row.startswith("#"), lines)), 400)
 
