@@ -363,9 +363,9 @@ def test_a_note_has_a_word_and_a_log_a_reason(run):
     run.add_note("two")
     assert (run.folder / "notes.txt").read_text() == "one\ntwo\n"
     with pytest.raises(UsageError, match="word at least"): run.add_note(" \n ")
-    assert run.why_no_log() is None
+    run.require("train.log")
     (run.folder / "train.log").mkdir()
-    assert run.why_no_log() == "not a regular file"
+    with pytest.raises(CheckpointError, match="train.log of .*: not a regular file"): run.require("train.log")
     (run.folder / "train.log").rmdir()
     (run.folder / "train.log").write_text("begun\n")
     assert run.follow_log().poll() == ["begun"]

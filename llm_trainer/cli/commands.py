@@ -19,7 +19,7 @@ from typing import Literal
 
 from llm_trainer import __version__, workspace
 from llm_trainer.cli import render
-from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotFoundError, UsageError
+from llm_trainer.errors import BusyError, LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.events import print_notes
 from llm_trainer.cli.parser import Flag, FrontEnd, docments
 from llm_trainer.runs.resolve import is_folder, resolve_inputs, weights
@@ -426,7 +426,9 @@ def runs(
     and ~ (contains), and a value; several, joined by commas or given one by one,
     must all be true.
     """
-    if csv is not None: return print(render.csv(_run(csv).metrics()))
+    if csv is not None:
+        (found := _run(csv)).require("metrics.jsonl")
+        return print(render.csv(found.metrics()))
     from llm_trainer.runs.select import choose
     from llm_trainer.runs.run import list_runs
     found = list_runs(workspace.find().runs)
@@ -451,6 +453,7 @@ def plot(
     from llm_trainer.runs.charts import plot as draw
     from llm_trainer.runs.compare import curve
     found = _run(run)
+    found.require("metrics.jsonl")
     kinds = ("train", "val") if what == "loss" else ("val",) if what in ("perplexity", "bits_per_byte") else ("train",)
     names = {"train": "training", "val": "validation"} if what == "loss" else dict.fromkeys(kinds, found.id)
     curves = [curve(found.metrics(kind), what, names[kind], against, marks=kind == "val") for kind in kinds]
@@ -518,6 +521,7 @@ def note(
     "Add a line to the notes of a run"
     found = _run(run)
     if text is None:
+        found.require("notes.txt")
         none = f"{found.id} has no notes. Add one: llm-trainer note {found.id} TEXT"
         return render.say(found.notes().rstrip() or none)
     found.add_note(text)
@@ -531,7 +535,7 @@ def logs(
 ):
     "Print the log of a run"
     found = _run(run)
-    if why := found.why_no_log(): raise CheckpointError(f"The log of {found.id} can't be read: {why}.")
+    found.require("train.log")
     for text in found.log_tail(max(0, lines)): render.say(text.rstrip("\n"))
     if follow:
         from llm_trainer.cli import progress

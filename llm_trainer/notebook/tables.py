@@ -9,7 +9,6 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import ipywidgets as W
 from IPython import get_ipython
@@ -18,33 +17,14 @@ from IPython.display import HTML, display
 from .. import workspace
 from .figure import COLOURS, picture, png
 from .words import HEX, Marked, html_table, safe
+from ..runs.compare import different, same_tokens
 from ..runs.curves import Curves
 from ..runs.run import Run, find_run, list_runs
 from ..runs.state import State, look_of
 from ..terminal import count, duration, number
 
 # %% auto #0
-__all__ = ['FIGURES', 'COLUMNS', 'HIDDEN', 'settings_of', 'different', 'state_html', 'figures_of', 'differences_html',
-           'Comparison', 'compare', 'Runs', 'runs']
-
-# %% ../../nbs/12d_many_runs.ipynb #1095478d
-def settings_of(
-    run:Run # Which
-)->dict[str, Any]: # Flat, as far as the files tell them
-    "The settings in force"
-    try:
-        return {name: value for group in run.config().values() if isinstance(group, dict) for name,
-                value in group.items()}
-    except Exception: return {} # a damaged meta.json or attempts.jsonl
-
-# %% ../../nbs/12d_many_runs.ipynb #9f65989d
-def different(
-    runs:Iterable[Run] # Two or more
-)->dict[str, list]: # Setting → its value in each run
-    "The settings in which runs differ"
-    each = [settings_of(run) for run in runs]
-    return {name: [one.get(name) for one in each] for name in dict.fromkeys(name for one in each for name in one)
-            if len({repr(one.get(name)) for one in each}) > 1}
+__all__ = ['FIGURES', 'state_html', 'figures_of', 'differences_html', 'Comparison', 'compare', 'Runs', 'runs']
 
 # %% ../../nbs/12d_many_runs.ipynb #e91a2224
 FIGURES = ("run", "state", "loss", "best validation", "bits per byte", "step", "took", "tokens/s")
@@ -91,7 +71,7 @@ class Comparison:
         self.curves = [Curves(run) for run in runs]
         for curves in self.curves:
             while curves.poll(60) or curves.reading: pass
-        self.same_tokens = len({str(run.meta.get("tokenizer_hash")) for run in runs}) == 1
+        self.same_tokens = same_tokens(runs)
 
     @property
     def different(self)->dict[str, list]: # Setting → its value in each run
@@ -128,10 +108,10 @@ def compare(
     return Comparison([find(one) for one in chosen], **how)
 
 # %% ../../nbs/12d_many_runs.ipynb #9e796d78
-COLUMNS = {"run": lambda s: s.run_id, "state": lambda s: s.status, "step": lambda s: s.step, "loss": lambda s: s.loss,
+_COLUMNS = {"run": lambda s: s.run_id, "state": lambda s: s.status, "step": lambda s: s.step, "loss": lambda s: s.loss,
            "best": lambda s: s.best_val_loss, "tokens/s": lambda s: s.tokens_per_second,
            "took": lambda s: s.elapsed_seconds, "created": lambda s: s.created_at}
-HIDDEN = ("dataset", "note")
+_HIDDEN = ("dataset", "note")
 
 
 class Runs:
@@ -143,7 +123,7 @@ class Runs:
         self.folder = folder
         self.words = W.Text(description="filter", placeholder="part of a name, state, dataset or note",
                             continuous_update=True)
-        self.by = W.Dropdown(options=["newest", *COLUMNS], description="sort by")
+        self.by = W.Dropdown(options=["newest", *_COLUMNS], description="sort by")
         self.down = W.ToggleButton(False, description="reverse")
         self.again = W.Button(description="read again", icon="refresh")
         self.table = W.HTML()
@@ -155,7 +135,7 @@ class Runs:
 
     def read(self):
         "Read the folder again"
-        self.rows = [(run.status(), str(settings_of(run).get("dataset") or ""), " ".join(run.notes().split()))
+        self.rows = [(run.status(), str(run.settings().get("dataset") or ""), " ".join(run.notes().split()))
                      for run in list_runs(self.folder)]
         self.show()
 
@@ -165,7 +145,7 @@ class Runs:
         rows = [row for row in self.rows if all(w in f"{row[0].run_id} {row[0].status} {row[1]} {row[2]}".lower()
                                                 for w in words)]
         if self.by.value != "newest":
-            key = COLUMNS[self.by.value]
+            key = _COLUMNS[self.by.value]
             known = [row for row in rows if key(row[0]) is not None]
             rows = [*sorted(known, key=lambda row: key(row[0]), reverse=self.down.value),
                     *(row for row in rows if key(row[0]) is None)]
@@ -178,7 +158,7 @@ class Runs:
             made = (s.created_at or "")[:16].replace("T", " ")
             return (s.run_id, state_html(s), step, number(s.loss), number(s.best_val_loss), count(s.tokens_per_second),
                     duration(s.elapsed_seconds), made, dataset[-40:], note[:60])
-        return html_table([*COLUMNS, *HIDDEN], (cells(*row) for row in self.chosen())) if self.rows else "no run yet"
+        return html_table([*_COLUMNS, *_HIDDEN], (cells(*row) for row in self.chosen())) if self.rows else "no run yet"
 
     def show(self): self.table.value = self.html()
 

@@ -25,15 +25,9 @@ def curve(
     return Curve(label, xs, [row.get(name) for row in rows], marks, tag)
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    "The settings in force, flat"
-    return {name: value for group in run.config().values() if isinstance(group, dict) for name, value in group.items()}
-
-
-def different(
-    each: list[dict[str, Any]],  # Flat settings, one of each run
-) -> dict[str, list]:  # Setting → its value in each run
+def different(runs: list[Run]) -> dict[str, list]:  # Setting → its value in each run
     "The settings in which runs differ"
+    each = [run.settings() for run in runs]
     names = dict.fromkeys(name for settings in each for name in settings)
     return {name: [settings.get(name) for settings in each] for name in names
             if len({repr(settings.get(name)) for settings in each}) > 1}
@@ -49,12 +43,14 @@ def compare(
     x: str = "step",  # What the curves are drawn against: step, tokens or time
 ) -> dict[str, Any]:  # runs, figures, settings, measure, curves
     "Runs side by side; `measure` is what may be compared: loss, or bits_per_byte where their tokenizers differ"
+    for run in runs: run.require("metrics.jsonl")
     states, vals = [run.status() for run in runs], [run.metrics("val") for run in runs]
     figures: dict[str, list] = {"status": [state.status for state in states]}
-    figures |= {name: [getattr(state, name) for state in states] for name in FIGURES}
+    figures |= {name: [None if state.status == "unknown" else getattr(state, name) for state in states]
+                for name in FIGURES}
     for name in ("perplexity", "bits_per_byte"): figures[name] = [rows[-1].get(name) if rows else None for rows in vals]
     figures["parameters"] = [run.meta.get("parameters") for run in runs]
     measure = "loss" if same_tokens(runs) else "bits_per_byte"
     curves = [curve(rows, measure, run.id, x, len(rows) < 3, tag) for run, rows, tag in zip(runs, vals, LETTERS)]
     return {"runs": [run.id for run in runs], "figures": figures, "measure": measure, "curves": curves,
-            "settings": different([settings_of(run) for run in runs])}
+            "settings": different(runs)}

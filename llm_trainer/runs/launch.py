@@ -271,8 +271,8 @@ def plan_resume(
     if more_epochs is not None and not 1 <= more_epochs <= 1_000_000:
         raise UsageError("--more-epochs goes from 1 to 1,000,000.")
     if lr_plan not in (None, *LR_PLANS): raise UsageError(f"--lr-plan must be one of {', '.join(LR_PLANS)}.")
-    if not run.meta.get("config"):
-        raise CheckpointError(f"{run.folder / 'meta.json'} can't be read, and with it the settings of {run.id}.\n"
+    if damage := run.damage():
+        raise CheckpointError(f"{run.folder / damage} can't be read, and with it the settings of {run.id}.\n"
                               f"Train on from its weights: llm-trainer train --init-from {run.id}")
     name = run.meta.get("run_id")
     if name != run.id and isinstance(name, str) and RUN_ID.fullmatch(name):

@@ -52,8 +52,8 @@ def placed(row: dict[str, Any]) -> bool:
 
 def settings(run: Run) -> dict[str, Any]:
     "The settings of a run by name, as plain values"
-    flat = {name: value for group in run.config().values() if isinstance(group, dict) for name, value in group.items()}
-    return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flat.items()}
+    return {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in run.settings().items()}
 
 
 # What can be logged to -----------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import BusyError, NotFoundError, UsageError
+from ..errors import BusyError, CheckpointError, NotFoundError, UsageError
 from .state import LIVE, TERMINAL, State, derive
 from ..system import locks
 from ..system.files import (
@@ -54,6 +54,39 @@ def check_id(
                      "letters, digits and dashes, 63 characters at most.\nSee the runs: llm-trainer runs")
 
 # %% ../../nbs/09a_run.ipynb #508a2594
+def _text(value) -> bool: return isinstance(value, str)
+def _whole(value) -> bool: return type(value) is int and 0 <= value < 2**63
+def _number(value) -> bool: return type(value) in (int, float) and 0 <= value < 2**63
+def _words(value) -> bool: return isinstance(value, list) and all(map(_text, value))
+def _table(value) -> bool: return isinstance(value, dict)
+def _flat(value) -> bool: return _table(value) and not any(isinstance(one, list) for one in value.values())
+def _groups(value) -> bool: return _table(value) and all(map(_table, value.values()))
+def _changes(value) -> bool:
+    return _table(value) and all(isinstance(pair, list) and len(pair) == 2 for pair in value.values())
+
+
+_META = {"run_id": _text, "created_at": _text, "argv": _words, "config": _groups, "note": _text, "parent": _table,
+         "data": _table, "tokenizer_hash": _text, "vocab_size": _whole, "resolution": _flat, "device": _table,
+         "versions": _table, "parameters": _whole, "world_size": _whole, "strategy": _text, "prepared_at": _text}
+_ATTEMPT = {"attempt": _whole, "started_at": _text, "from_step": _whole, "target_epochs": _number,
+            "target_steps": _whole, "changed": _changes, "lr_plan": _text, "argv": _words, "restarts": _whole,
+            "restart": _whole, "devices": _words, "world_size": _whole, "strategy": _text}
+
+
+def _misfits(
+    record:dict[str, Any], # As it was read
+    kinds:dict[str, Callable[[Any], bool]] # What a value must be, by its name
+)->list[str]:
+    "The names whose value is not of its kind"
+    return [name for name, fits in kinds.items() if record.get(name) is not None and not fits(record[name])]
+
+
+def _fitting(record:dict[str, Any], kinds:dict[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    "`record` without its misfits"
+    wrong = _misfits(record, kinds)
+    return {name: value for name, value in record.items() if name not in wrong}
+
+
 class Written:
     "What is written down of a run, read anew at each call"
     def __init__(self,
@@ -65,7 +98,9 @@ class Written:
     def id(self) -> str: return self.folder.name
 
     @property
-    def meta(self) -> dict[str, Any]: return read_json(self.folder / "meta.json")
+    def meta(self) -> dict[str, Any]:
+        "meta.json, without values that are not of their kind"
+        return _fitting(read_json(self.folder / "meta.json"), _META)
 
     @property
     def created_at(self) -> str:
@@ -79,9 +114,20 @@ class Written:
         return {group: {name: changed.get(name, value) for name, value in values.items()}
                 for group, values in self.meta.get("config", {}).items()}
 
+    def settings(self) -> dict[str, Any]:
+        "The configuration in force, flat: each setting by its name"
+        return {name: value for group in self.config().values() for name, value in group.items()}
+
     def attempts(self) -> list[dict[str, Any]]:
-        "What each start of a worker was asked to do, oldest first"
-        return list(read_lines(self.folder / "attempts.jsonl"))
+        "What each start of a worker was asked to do, oldest first, without values that are not of their kind"
+        return [_fitting(row, _ATTEMPT) for row in read_lines(self.folder / "attempts.jsonl")]
+
+    def damage(self) -> str | None: # None: nothing
+        "What in meta.json or attempts.jsonl is not of its kind, or missing: `meta.json (config)`"
+        meta, attempts = read_json(self.folder / "meta.json"), read_lines(self.folder / "attempts.jsonl")
+        wrong = [("meta.json", _misfits(meta, _META) if meta.get("config") else ["config"]),
+                 *(("attempts.jsonl", _misfits(row, _ATTEMPT)) for row in attempts)]
+        return next((f"{name} ({', '.join(names)})" for name, names in wrong if names), None)
 
     def add_attempt(self, **what) -> dict[str, Any]:
         "Records, durably, what the worker that starts next is to do"
@@ -140,12 +186,14 @@ class Logged(Written):
                 return [log_line(line) for line in f.read().splitlines()[-n:]] if n else []
         except OSError: return []
 
-    def why_no_log(self) -> str | None:
-        "Why train.log can't be read; None where it can, or isn't there"
-        try: open_regular(self.folder / "train.log").close()
-        except FileNotFoundError: return None
-        except OSError as e: return (e.strerror or str(e)).lower()
-        return None
+    def require(self,
+        name:str # One of its files
+    )->None:
+        "A CheckpointError with the reason where `name` can't be read; one that isn't there is empty"
+        try: open_regular(self.folder / name).close()
+        except FileNotFoundError: return
+        except OSError as e:
+            raise CheckpointError(f"{name} of {self.id} can't be read: {(e.strerror or str(e)).lower()}.") from None
 
     def notes(self) -> str:
         "notes.txt, which is yours to write in"

@@ -116,13 +116,6 @@ def dataset_of(meta: dict) -> str:
     return line(" + ".join(os.path.basename(name.rstrip("/")) or name for name in names), 40)
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    "The settings in force by name, as far as the files tell them; their values as they were stored"
-    try: config = run.config()
-    except Exception: return {}  # a damaged meta.json or attempts.jsonl
-    return {str(name): value for group in config.values() if isinstance(group, dict) for name, value in group.items()}
-
-
 def is_closed(folder: Path) -> bool:
     "Is this a folder with a run's name that we may not look into?"
     return (RUN_ID.fullmatch(folder.name) is not None and folder.is_dir() and not folder.is_symlink()

@@ -7,12 +7,13 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.screen import Screen
 
+from llm_trainer.runs.compare import different, same_tokens
 from llm_trainer.runs.curves import SMOOTH, Curves
 from llm_trainer.runs.run import Run
 from llm_trainer.terminal import count, duration, number
 from llm_trainer.tui.glyphs import line, name as named, steps
 from llm_trainer.tui.messages import CurvesRead
-from llm_trainer.tui.readers import RunRow, row_of, settings_of
+from llm_trainer.tui.readers import RunRow, row_of
 from llm_trainer.tui.screens.actions import PlotActions, Polling
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.lines import Lines
@@ -57,8 +58,8 @@ class CompareScreen(Polling, PlotActions, Screen[None]):
 
     def on_mount(self) -> None:
         self.followed = [(run := Run(self.app.workspace.runs / run_id), Curves(run)) for run_id in self.run_ids]
-        self.settings = [settings_of(run) for run, _ in self.followed]
-        self.mixed = len({str(run.meta.get("tokenizer_hash")) for run, _ in self.followed}) > 1
+        self.different = different([run for run, _ in self.followed])
+        self.mixed = not same_tokens([run for run, _ in self.followed])
         self.per_byte = self.mixed
         self.query_one(Plot).focus()
         self.start_polling()
@@ -117,16 +118,15 @@ class CompareScreen(Polling, PlotActions, Screen[None]):
         return Content("\n").join([*text, Content(""), *self._differences()])
 
     def _differences(self) -> list[Content]:
-        flat = self.settings
-        names = [name for name in dict.fromkeys(name for each in flat for name in each)
-                 if len({repr(each.get(name)) for each in flat}) > 1]
-        if not names: return [Content.styled("No setting differs.", "$foreground 60%")]
-        width = max(10, min(24, (self.size.width - 24) // len(flat)))
+        if not self.different: return [Content.styled("No setting differs.", "$foreground 60%")]
+        many = len(self.followed)
+        width = max(10, min(24, (self.size.width - 24) // many))
         text = [Content.assemble(("Settings that differ".ljust(22), "bold $primary"),
-                                 *((f"{LETTERS[i]:<{width}}", f"bold {COLORS[i]}") for i in range(len(flat))))]
-        for name in names:
+                                 *((f"{LETTERS[i]:<{width}}", f"bold {COLORS[i]}") for i in range(many)))]
+        for name, values in self.different.items():
             text.append(Content.assemble((f"{line(name, 20):<22}", "$foreground 60%"),
-                                         *(f"{line(each.get(name, '–'), width - 1):<{width}}" for each in flat)))
+                                         *(f"{line('–' if value is None else value, width - 1):<{width}}"
+                                           for value in values)))
         return text
 
     def on_resize(self) -> None:

@@ -19,7 +19,6 @@ from llm_trainer.generation.sampling import Sampling
 from llm_trainer.runs.run import Run
 from llm_trainer.terminal import clean
 from llm_trainer.tui.glyphs import line
-from llm_trainer.tui.readers import settings_of
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.top_bar import TopBar
 
@@ -48,7 +47,7 @@ class GenerateScreen(Screen[None]):
         self.busy, self.painted = False, 0.0
 
     def compose(self) -> ComposeResult:
-        stored = settings_of(Run(self.app.workspace.runs / self.run_id))
+        stored = Run(self.app.workspace.runs / self.run_id).settings()
         yield TopBar()
         box = TextArea(clean(str(stored.get("sample_prompt", "The "))), id="prompt", show_line_numbers=False,
                        soft_wrap=True, tab_behavior="focus")

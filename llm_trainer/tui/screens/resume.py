@@ -13,7 +13,6 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, Select, Static
 
 from llm_trainer.runs import launch
-from llm_trainer.errors import LLMTrainerError
 from llm_trainer.runs.run import Run
 from llm_trainer.terminal import clean
 from llm_trainer.tui.glyphs import line
@@ -76,7 +75,7 @@ class ResumeScreen(ModalScreen[dict[str, Any] | None]):
         learning rates, steps and time come from the command line, in a process that may load torch"""
         run, space = Run(self.app.workspace.runs / self.run_id), self.app.workspace
         try: plan = await asyncio.to_thread(lambda: launch.plan_resume(run, space, **self.wish))
-        except (LLMTrainerError, OSError) as problem: return self._show(str(problem), False)
+        except Exception as problem: return self._show(str(problem), False)
         if plan.nothing_to_do: return self._show(str(plan), False)
         self._show(f"{plan}\nlr, time   …", True)
         await asyncio.sleep(0.4)  # somebody may be typing

@@ -18,7 +18,7 @@ from llm_trainer.events import silent
 from llm_trainer.terminal import count, duration, number, size
 from llm_trainer.tui.glyphs import bar, line, steps
 from llm_trainer.tui.messages import RunRead
-from llm_trainer.tui.readers import RunNews, RunReader, RunRow, Sample, epochs, settings_of
+from llm_trainer.tui.readers import RunNews, RunReader, RunRow, Sample, epochs
 from llm_trainer.tui.screens.actions import PlotActions, Polling, RunActions
 from llm_trainer.tui.widgets.key_bar import KeyBar
 from llm_trainer.tui.widgets.lines import Lines, flow
@@ -244,7 +244,7 @@ class RunScreen(Polling, RunActions, PlotActions, Screen[None]):
     def _config(self) -> None:
         "Settings in force and what differs from the defaults; pydantic is loaded here, in a thread"
         from llm_trainer.config import all_settings
-        flat, known = settings_of(self.reader.run), all_settings()
+        flat, known = self.reader.run.settings(), all_settings()
         def show(value):
             return "none" if value is None else line(str(value).lower() if isinstance(value, bool) else value, 60)
         differ = [(line(name, 24), show(value), show(known[name].default)) for name, value in flat.items()
@@ -271,7 +271,7 @@ class RunScreen(Polling, RunActions, PlotActions, Screen[None]):
         if name == "config": self._config()
         if name == "log": self.call_after_refresh(part.scroll_end, animate=False, x_axis=False)
         if name == "samples" and not self.samples:
-            every = settings_of(self.reader.run).get("sample_every")
+            every = self.reader.run.settings().get("sample_every")
             self.query_one("#sample-text", Static).update(Content.styled(
                 f"No sample yet; one is written every {line(every, 12)} steps." if every else
                 "No sample. A run writes them while it trains when sample_every is set.", "$foreground 60%"))
