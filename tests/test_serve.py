@@ -260,7 +260,7 @@ BAD = {
        for name, more in {"a name": {"\ud800": 1}, "the prompt": {"prompt": "The \ud800 x"},
                           "a user": {"user": "\ud800"}, "an echo": {"prompt": "\ud800", "echo": True},
                           "a stop": {"stop": ["a", "\udfff"]}}.items()},
-    "256,000 texts": ({"prompt": ["a"] * 2000, "n": 128, "max_tokens": 1}, 400, "n", "256"),
+    "texts are counted before they are read": ({"prompt": ["a" * 65] * 2000, "n": 128}, 400, "n", "256"),
 }
 
 
