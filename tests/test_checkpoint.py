@@ -297,7 +297,10 @@ def test_without_validation_best_is_the_latest(tmp_path):
 
 def test_what_is_not_there_is_said(store, tmp_path):
     with pytest.raises(NotFoundError, match="10, 20, 30"): store.select(25)
-    with pytest.raises(NotFoundError, match="it has"): store.select("newest")
+    for name in ("newest", "-10", "9" * 5000, "²"):
+        with pytest.raises(NotFoundError, match="it has: 10, 20, 30") as e: store.select(name)
+        assert len(str(e.value)) < 300
+    assert store.find("0010") == store.find(10) == 10
     with pytest.raises(NotFoundError): store.pin(25)
     with pytest.raises(UsageError): store.pin(20, "best")
     with pytest.raises(NotFoundError, match="no checkpoint yet"): Checkpoints(tmp_path / "none", "none").select()

@@ -512,7 +512,8 @@ def test_generate(trained, monkeypatch, capsys, tmp_path):
     assert code == 0 and texts[0]["text"] == texts[1]["text"] and len(texts[0]["logprobs"]) == len(texts[0]["tokens"])
     assert say("--temperature=0", f"--output={tmp_path / 'out'}")[:2] == (0, "")
     assert (tmp_path / "out").read_text() == texts[0]["text"]
-    for flag in ("--temperature=-1", "--top-p=0", "--top-p=1.5", "--top-k=100000", "--min-p=2", "--checkpoint=7"):
+    for flag in ("--temperature=-1", "--top-p=0", "--top-p=1.5", "--top-k=100000", "--min-p=2", "--checkpoint=7",
+                 f"--checkpoint={'9' * 5000}"):
         code, out, err = say(flag)
         assert code in (2, 3) and not out and err.startswith("llm-trainer: ") and "internal" not in err
     code, out, err = say("--prompt-file=x")
@@ -550,7 +551,8 @@ def test_many_prompts(trained, monkeypatch, capsys, tmp_path):
     for text in texts:
         cli.main(["generate", f"--prompt={text['prompt']}", "--max-new-tokens=6", "--temperature=0", "--json"])
         assert json.loads(capsys.readouterr().out)["texts"][0]["tokens"] == text["tokens"]
-    for row, fault in (('{"text": "a"}', "line 2: expected"), ('"a\\ud800"', "line 2: the prompt is no valid UTF-8"),
+    for row, fault in (('{"text": "a"}', "line 2: expected"), ("[" * 100_000, "line 2: expected"),
+                       ('"a\\ud800"', "line 2: the prompt is no valid UTF-8"),
                        ('""', "Prompt 2 of 2")):
         code, out, err = say('"one"', row)
         assert code == 2 and not out and fault in err

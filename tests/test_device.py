@@ -100,6 +100,8 @@ def test_threads_stay_within_the_affinity_of_the_process(monkeypatch):
 def test_a_wish_for_threads_is_respected(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert available_threads() == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")  # for each level of threads within threads
+    assert available_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     assert 1 <= available_threads() <= os.cpu_count()
 
@@ -251,6 +253,38 @@ def test_a_busy_core_is_no_reason_to_wait(monkeypatch):
     assert unhindered_threads() == 4, "a core that was busy for a moment"
     monkeypatch.setattr(device_module, "_paces", lambda act, most: {1: 1.05, 2: 1.0, 4: 1.5})
     assert fast_threads(None) == 1
+
+
+LIMITED = """
+from dataclasses import replace
+from llm_trainer.config import TrainConfig
+from llm_trainer.device import available_threads, describe, resolve
+r = resolve(TrainConfig(device="cpu", threads=1))
+then = replace(r, threads=2, math="")
+print(available_threads(), ", 1 thread," in describe(then), "; ".join(then.inexact()))
+try: resolve(TrainConfig(device="cpu", threads=2))
+except ValueError as e: print(e)
+"""
+
+
+def test_threads_that_openmp_does_not_give_are_named():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"})
+    said, refused, next_step = done.stdout.splitlines()
+    assert said == "1 True threads: 2 then, 1 now; math library: unset then, OMP_THREAD_LIMIT=1 now"
+    assert "--threads 2 is more" in refused and "--threads 1; or" in next_step
+
+
+@pytest.mark.parametrize("name, counts", [
+    ("OMP_THREAD_LIMIT", True), ("OMP_DYNAMIC", True), ("MKL_CBWR", True), ("MKL_DOMAIN_NUM_THREADS", True),
+    ("KMP_DETERMINISTIC_REDUCTION", True), ("OPENBLAS_CORETYPE", True), ("BLIS_ARCH_TYPE", True),
+    ("DNNL_DEFAULT_FPMATH_MODE", True), ("MKL_DEBUG_CPU_TYPE", True), ("NVIDIA_TF32_OVERRIDE", True),
+    ("OMP_NUM_THREADS", False), ("OMP_WAIT_POLICY", False), ("GOMP_SPINCOUNT", False), ("KMP_BLOCKTIME", False),
+    ("GOMP_CPU_AFFINITY", False), ("ONEDNN_VERBOSE", False), ("KMP_INIT_AT_FORK", False), ("HOME", False)])
+def test_what_changes_the_arithmetic_is_a_clause_and_nothing_else(monkeypatch, name, counts):
+    r = cpu(threads=1)
+    monkeypatch.setenv(name, "8")
+    assert bool(r.inexact()) == (f"{name}=8" in "".join(r.inexact())) == counts
 
 
 def test_other_kernels_are_a_clause():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from llm_trainer.config import ModelConfig
-from llm_trainer.data.tokenizer import train_tokenizer
+from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer
 from llm_trainer.generation.engine import Engine, Request
 from llm_trainer.generation.filters import apply_filters, draw, uniforms
 from llm_trainer.generation.sampling import Sampling
@@ -180,7 +180,6 @@ def test_a_token_that_ends_a_turn_ends_the_text(model, tokenizer):
     s = Sampling(max_new_tokens=20, temperature=0)
     whole = Request([1, 2, 3], s)
     texts(Engine(model, tokenizer), [whole])
-    end = whole.tokens[8]
-    cut = Request([1, 2, 3], s, ends=frozenset([end]))
-    texts(Engine(model, tokenizer), [cut])
+    end, cut = whole.tokens[8], Request([1, 2, 3], s)
+    texts(Engine(model, Tokenizer(tokenizer.json, generation={"eos_token_id": [end]})), [cut])
     assert cut.tokens[3:] == whole.tokens[3:whole.tokens.index(end, 3)]

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,13 +21,14 @@ from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.generation.filters import (
     Sampling, apply_filters, draw, no_repeat_ngram, repetition_penalty, uniforms)
 from llm_trainer.generation.child import serve
+from llm_trainer.generation.sampling import BOUNDS
 from llm_trainer.model.transformer import GPT
 from llm_trainer.generation.sampler import (
     TextStream, generate, generate_batch, load_for_generation, pad_left, window_start, sample_tokens)
 from llm_trainer.data.tokenizer import train_tokenizer
 from llm_trainer.model.huggingface import save_weights
 
-CONTEXT = 24
+CONTEXT, COMPARED = 24, ("top_k", "no_repeat_ngram")  # of any size: nothing is computed with them
 CONFIGS = {"gpt2": ModelConfig(arch="gpt2", n_layer=2, n_head=2, n_embd=32, seq_len=CONTEXT),
            "qwen3": ModelConfig(arch="qwen3", n_layer=2, n_head=4, n_kv_head=2, n_embd=32, seq_len=CONTEXT)}
 
@@ -140,9 +142,22 @@ def test_a_struck_token_is_never_drawn(scores, u, data):
     dict(top_p=float("nan")), dict(typical_p=0), dict(min_p=-0.1), dict(min_p=2), dict(top_k=-1), dict(top_k=1.5),
     dict(no_repeat_ngram=-1), dict(max_new_tokens=0), dict(repetition_penalty=0), dict(presence_penalty=float("nan")),
     dict(beams=0), dict(beams=10**9), dict(max_new_tokens=10**12), dict(seed=2**64), dict(truncate="right"),
-    dict(stop=[""]), dict(stop=[1]), dict(seed=1.5)])
+    dict(stop=[""]), dict(stop=[1]), dict(seed=1.5), dict(stop=5), dict(stop=b"a"), dict(stop=["a", "\ud800"]),
+    dict(ignore_eot="no"), dict(logprobs=1),
+    *({name: 10**digits} for digits in (400, 5000) for name in BOUNDS if name not in COMPARED)])
 def test_a_knob_that_cannot_be_meant_is_named(wrong):
-    with pytest.raises(UsageError, match=next(iter(wrong))): Sampling(**wrong)
+    with pytest.raises(UsageError, match=f"^{next(iter(wrong))} must be "): Sampling(**wrong)
+
+
+def test_no_stop_is_none(): assert Sampling(stop=None).stop == Sampling(stop=[]).stop == ()
+
+
+def test_seeds_beyond_32_bits_are_seeds_of_their_own():
+    def numbers(seed): return tuple(uniforms([seed], 3)[:, 0].tolist())
+    for seed in (0, 1, 2**32 - 1):
+        assert numbers(seed) == tuple(torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist())
+    seeds = [s + half for s in range(200) for half in (0, 2**32, 2**33, 2**63 - 200, -200, -2**32 - 200, 1 - 2**63)]
+    assert len(set(map(numbers, seeds))) == len(seeds)
 
 
 # ---- tokens
@@ -190,7 +205,9 @@ def test_padding_aligns_the_ends():
 # ---- text
 
 @settings(deadline=None, max_examples=300)
-@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.integers(0, 2**32))
+@given(st.text(max_size=30) | st.text("ab", max_size=30),
+       st.lists(st.text(min_size=1, max_size=3) | st.text("ab", min_size=1, max_size=9), max_size=3),
+       st.integers(0, 2**32))
 def test_any_cut_of_the_bytes_streams_the_same_text(text, stop, seed):
     r, data, stream, shown = random.Random(seed), text.encode(), TextStream(tuple(stop)), ""
     while data:
@@ -201,6 +218,25 @@ def test_any_cut_of_the_bytes_streams_the_same_text(text, stop, seed):
     shown += stream.push(b"", final=True)
     ends = [(i + len(s), i) for s in stop if (i := text.find(s)) >= 0]  # the first that is whole counts
     assert stream.stopped == bool(ends) and shown == text[:min(ends, default=(0, None))[1]]
+
+
+class Counted(str):
+    "A text that counts how often it is looked at"
+    looks = 0
+    def __getitem__(self, key):
+        self.looks += 1
+        return super().__getitem__(key)
+    def startswith(self, *how):
+        self.looks += 1
+        return super().startswith(*how)
+
+
+@pytest.mark.parametrize("text", ["no sign of it" * 20, "x" * 260, "xy" * 130])
+def test_a_long_stop_string_is_looked_at_as_seldom_as_a_short_one(text):
+    stop = Counted("x" * 2_000)
+    stream = TextStream((stop,))
+    shown = "".join([*map(stream.push, map(str.encode, text)), stream.push(b"", final=True)])
+    assert shown == text and stop.looks <= 2 * len(text)
 
 
 def test_broken_bytes_become_one_sign_each_and_nothing_is_lost():
@@ -254,13 +290,20 @@ def test_many_prompts_and_samples_equal_one_by_one(model, tokenizer):
                             Sampling(max_new_tokens=30, seed=4 + i % 2, stop=("q", "\x00"))))
         assert c.text == "".join(p.text for p in one) and c.finish == one[-1].finish
         assert c.tokens == [p.token for p in one[:-1]]
+    largest = Sampling(max_new_tokens=30, seed=2**63 - 1)
+    last, first = (c.tokens for c in generate_batch(model, tokenizer, ["a"], largest, samples=2))
+    assert [last, first] == [[p.token for p in generate(model, tokenizer, "a", replace(largest, seed=seed))][:-1]
+                             for seed in (2**63 - 1, 0)]
 
 
 def test_prompts_that_cannot_be_continued_say_why(model, tokenizer):
     long = "x" * (CONTEXT + 1)
     too_long = f"has {CONTEXT + 1} tokens, the model reads {CONTEXT}"
     for prompt, s, message in (("", Sampling(), "empty"), (long, Sampling(), too_long),
-                               ("a", Sampling(top_k=258), "at most 257")):
+                               ("a", Sampling(top_k=258), "at most 257"), ("a", Sampling(top_k=10**5000), "at most"),
+                               (None, Sampling(), "text"),
+                               (5, Sampling(), "text"), (b"a", Sampling(), "text"), (["a"], Sampling(), "text"),
+                               ("a\ud800", Sampling(), "character 2 is a stray byte")):
         with pytest.raises(UsageError, match=message): next(generate(model, tokenizer, prompt, s))
     cut = [p.token for p in generate(model, tokenizer, "y" + "x" * CONTEXT,
                                      Sampling(truncate="left", seed=1, max_new_tokens=5))]

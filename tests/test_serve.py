@@ -130,6 +130,23 @@ def test_many_prompts_and_texts_are_generates_too(at, own):
         ask(at, body={"prompt": "A", "max_tokens": 3, "temperature": 0})[1]["choices"][0]["text"]
 
 
+def test_seeds_count_up_past_the_largest(at):
+    found = ask(at, body={"prompt": "A", "n": 2, "max_tokens": 20, "seed": 2**63 - 1})[1]["choices"]
+    alone = [ask(at, body={"prompt": "A", "max_tokens": 20, "seed": s})[1]["choices"][0] for s in (2**63 - 1, 0)]
+    assert [c["text"] for c in found] == [c["text"] for c in alone] and found[0]["text"] != found[1]["text"]
+
+
+def test_what_ends_a_text_of_generate_ends_it_here(folder, own, tmp_path):
+    s, path = Sampling(max_new_tokens=20, temperature=0), shutil.copytree(folder, tmp_path / "parrot")
+    tokens = [p.token for p in generate(*own, "The moon", s)]
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own[1].eot_id, tokens[5]]}))
+    want = list(generate(*load_for_generation(path, "cpu"), "The moon", s))
+    with answering(path) as at:
+        _, found = ask(at, body={"prompt": "The moon", "max_tokens": 20, "temperature": 0})
+    assert found["choices"][0]["text"] == "".join(p.text for p in want) and want[-1].finish == "eot"
+    assert found["choices"][0]["finish_reason"] == "stop" and found["usage"]["completion_tokens"] == len(want) - 1 <= 5
+
+
 def test_a_stream_adds_up_to_the_whole(at):
     body = {"prompt": ["The", "Mañana €"], "n": 2, "max_tokens": 40, "seed": 2, "stop": "th", "logprobs": 2,
             "echo": True}
@@ -161,6 +178,15 @@ def test_echo_tells_what_each_token_of_the_prompt_costs(at, own):
     assert told["text_offset"] == [0, 1, 2, 3, 4, 5, 6, 6, 7]
     for token, cost, top in list(zip(told["tokens"], told["token_logprobs"], told["top_logprobs"]))[1:]:
         assert top[token] == cost and 1 <= len(top) <= 2 and max(top.values()) >= cost
+
+
+@pytest.mark.parametrize("prompt", ["moön " * 20, "é" + "€" * 24, "é" + "€" * 25, "a" * 65])
+def test_offsets_point_into_the_text_that_was_sent(at, own, prompt):
+    asked = dict(prompt=[prompt, own[1].encode(prompt)], max_tokens=0, echo=True, logprobs=0, truncate="left", n=2)
+    whole, data = ask(at, body=asked)[1], prompt.encode()
+    for choice in whole["choices"]:
+        assert choice["text"] == prompt and choice["logprobs"]["text_offset"] == [
+            len(data[:n].decode(errors="ignore")) for n in range(len(data) - 64, len(data))]  # a byte is a token
 
 
 def test_nothing_to_continue_is_the_beginning_of_a_document(at, own):
@@ -229,6 +255,13 @@ BAD = {
     "usage without a stream": ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options",
                                "stream"),
     "stop": ({"prompt": "a", "stop": [1]}, 400, "stop", "string"),
+    **{f"a {name} of 400 digits": ({"prompt": "a", name: 10**400}, 400, name, "a number") for name in
+       ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")},
+    **{f"half a character in {name}": ({"prompt": "a", "max_tokens": 1, **more}, 400, None, "surrogate")
+       for name, more in {"a name": {"\ud800": 1}, "the prompt": {"prompt": "The \ud800 x"},
+                          "a user": {"user": "\ud800"}, "an echo": {"prompt": "\ud800", "echo": True},
+                          "a stop": {"stop": ["a", "\udfff"]}}.items()},
+    "texts are counted before they are read": ({"prompt": ["a" * 65] * 2000, "n": 128}, 400, "n", "256"),
 }
 
 
@@ -336,7 +369,8 @@ def test_a_conversation(folder, tmp_path):
                        for c in chunks) == want and chunks[0].choices[0].delta.role == "assistant"
         parts = [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}]
         assert client.chat.completions.create(**{**asked, "messages": parts}).choices[0].message.content == want
-        for bad in ([{"role": "odd", "content": "a"}], [{"role": "user", "content": [{"type": "image_url"}]}], []):
+        for bad in ([{"role": "odd", "content": "a"}], [{"role": "user", "content": [{"type": "image_url"}]}], [],
+                    *([{"role": "user", "content": [{"type": "text", **part}]}] for part in ({"text": None}, {}))):
             with pytest.raises(openai.BadRequestError) as e:
                 client.chat.completions.create(model="parrot", messages=bad)
             assert e.value.param == "messages"
@@ -386,6 +420,10 @@ def test_the_command_serves_a_folder_and_ends_when_asked(folder, tmp_path, capsy
             at, port = told["url"].removeprefix("http://"), told["url"].rpartition(":")[2]
             assert told["model"] == "parrot" and told["pid"] == process.pid and health(at)["status"] == "ok"
             assert main(["serve", str(folder), "--port", port]) == 75 and "--port" in capsys.readouterr().err
+            with socket.create_connection(at.split(":")) as s:  # a client that leaves while it sends
+                s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                          b"Content-Length: 100\r\n\r\n{")
+                assert health(at)["writing"] == 0
             with streaming(at, prompt="a", **FOREVER) as chunks:
                 next(chunks)
                 process.send_signal(signal.SIGTERM)

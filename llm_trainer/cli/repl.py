@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.cli.parser import convert, nearest
+from llm_trainer.generation.sampling import text_only
 from llm_trainer.terminal import clean
 from llm_trainer.workspace import home
 
@@ -54,12 +55,12 @@ def read_prompts(path: str) -> list[str]:
     for n, row in enumerate(read_text(path).split("\n"), 1):  # other signs that end a line may stand in a JSON text
         if not row.strip(): continue
         try: value = json.loads(row)
-        except ValueError: value = None
+        except (ValueError, RecursionError): value = None
         if isinstance(value, dict): value = value.get("prompt")
         if not isinstance(value, str):
             raise UsageError(f'{clean(path, "")}, line {n}: expected a JSON text or an object with "prompt", '
                              f"not {clean(row, '')[:40]!r}.")
-        prompts.append(_text_only(value, f"{clean(path, '')}, line {n}: the prompt"))
+        prompts.append(text_only(value, f"{clean(path, '')}, line {n}: the prompt"))
     if not prompts: raise UsageError(f'{clean(path, "")} holds no prompt. A line looks like this: {{"prompt": "The"}}')
     return prompts
 
@@ -71,16 +72,7 @@ def one_prompt(prompt: str | None, prompt_file: str | None) -> str:
                          "or a file: --prompt-file FILE; or talk to the model: --interactive")
     text = prompt if prompt is not None else read_text(prompt_file or "-")
     if not text: raise UsageError('The prompt is empty; there is nothing to continue. Try --prompt "The"')
-    return _text_only(text, "The prompt")
-
-
-def _text_only(text: str, what: str) -> str:
-    "`text`, if it is Unicode throughout: a tokenizer would read something else in place of a stray byte"
-    try: text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{what} is no valid UTF-8: character {error.start + 1} is a stray byte. A tokenizer "
-                         "reads text only; convert the file first, for example with iconv.") from None
-    return text
+    return text_only(text, "The prompt")
 
 
 # Texts ---------------------------------------------------------------------------------------------------------------
@@ -161,7 +153,7 @@ def converse(generate: Callable, sampling, notify=print):
         else:
             prompt, how = (last, replace(sampling, truncate="left")) if word == "/more" else (said, sampling)
             if word != "/more": asked.append(said)
-            try: last = prompt + write(generate(_text_only(prompt, "The prompt"), how), prompt, to_terminal).text
+            try: last = prompt + write(generate(prompt, how), prompt, to_terminal).text
             except LLMTrainerError as error: notify(str(error))
             else: notify("\n")
 
@@ -190,5 +182,5 @@ def _set(sampling, words: list[str], notify):
 def _strings(text: str) -> list[str] | str:
     "A JSON list of strings, or one string, in JSON or as it is"
     try: found = json.loads(text)
-    except ValueError: return text
+    except (ValueError, RecursionError): return text
     return found if isinstance(found, (list, str)) else text

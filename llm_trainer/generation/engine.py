@@ -38,7 +38,6 @@ class Request:
     top: int = 0  # How many likely tokens to give with each one
     score: bool = False  # Also give what the tokens of the prompt cost, as `scores`
     limit: int | None = None  # Tokens to write at most; None: as the knobs say; 0: only score
-    ends: frozenset[int] = frozenset()  # Tokens that end the text, beside the tokenizer's own
     tokens: list[int] = field(default_factory=list)  # Prompt and text
     scores: list[Token] = field(default_factory=list)  # One for each token of the prompt but the first
     read: int = 0  # How many of the newest tokens the cache holds
@@ -70,6 +69,7 @@ class Engine:
         c, w = model.config, model.head
         self.places = memory // (2 * c.n_layer * c.n_kv_head * c.head_size * w.element_size())
         self.rows: list[Request] = []
+        self.ends = frozenset(tokenizer.ends)
         self.waiting: deque[Request] = deque()
         self.cache, self.length, self.steps = None, 0, {}
         with torch.inference_mode(): self.weights = step_weights(model)
@@ -242,8 +242,7 @@ class Engine:
     def _add(self, r: Request, token: int, logprob: float | None, top: tuple) -> Iterator[Token]:
         "What a token adds to a text, and the end of it where it is one"
         finish = "length" if r.written >= r.limit else None
-        ends = token == self.tokenizer.eot_id or token in r.ends
-        if not finish and (token < 0 or ends and not r.sampling.ignore_eot): finish = "eot"
+        if not finish and (token < 0 or token in self.ends and not r.sampling.ignore_eot): finish = "eot"
         if not finish:
             r.tokens.append(token)
             yield Token(r.stream.push(self.tokenizer.token_bytes(token)), token, logprob, top=top[:r.top])

@@ -9,6 +9,7 @@ __all__ = ['LARGEST', 'bounded', 'temperature', 'top_k', 'top_p', 'min_p', 'typi
            'no_repeat_ngram', 'draw', 'uniforms', 'exhausted', 'apply_filters']
 
 # %% ../../nbs/10_filters.ipynb #a877ce5b
+from zlib import crc32
 import torch
 from torch import Tensor
 from .sampling import Sampling
@@ -129,7 +130,7 @@ def uniforms(
     def row(seed):
         g = torch.Generator()
         if seed is None: g.seed()
-        else: g.manual_seed(seed)
+        else: g.manual_seed(seed if 0 <= seed < 2**32 else crc32(seed.to_bytes(8, "big", signed=True))) # it takes 32 bits
         return torch.rand(n, generator=g)
     return torch.stack([row(s) for s in seeds], 1).clamp_(max=1 - 2**-23)
 

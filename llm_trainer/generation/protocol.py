@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm_trainer.errors import UsageError
-from llm_trainer.generation.sampling import Sampling
+from llm_trainer.generation.sampling import Sampling, is_number, is_text
 from llm_trainer.generation.engine import Request, Token
 
 MOST_TEXTS, MOST_STOPS, MOST_TOP = 128, 16, 20  # Texts of a prompt, stop strings, likely tokens in place of each
+DECODER = codecs.getincrementaldecoder("utf-8")
 FINISH = {"eot": "stop", "stop": "stop", "length": "length"}
 OWN = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram", "ignore_eot", "truncate")
 SHARED = ("model", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "n", "stream",
@@ -51,16 +52,18 @@ class RequestError(UsageError):
 
 def parse(data: bytes) -> dict[str, Any]:
     "The JSON object of a request's body"
-    try: body = json.loads(data)
+    try:
+        body = json.loads(data)
+        whole = is_text(json.dumps(body, ensure_ascii=False))
     except (ValueError, RecursionError): body = None
     if not isinstance(body, dict): raise RequestError("The body must be one JSON object.")
+    if not whole:
+        raise RequestError("The body holds half of a surrogate pair, as \\ud800 is one: it stands for no character. "
+                           "Send both halves, or the character itself.")
     return {key: value for key, value in body.items() if value is not None}
 
 
 def _whole(x) -> bool: return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _real(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _text(x) -> bool: return isinstance(x, str)
@@ -81,6 +84,13 @@ def _number(body: dict, name: str, low: int, high: int, default: int | None) -> 
                 default)
 
 
+def _texts(body: dict, prompts: int, most: int) -> int:
+    "How many texts each of `prompts` is to get"
+    n = _number(body, "n", 1, MOST_TEXTS, 1)
+    if n * prompts > most: raise RequestError(f"One request asks for at most {most} texts here.", param="n")
+    return n
+
+
 def _known(body: dict, names: tuple[str, ...]) -> None:
     "Refuses what would change the text if it were heeded"
     for name in body:
@@ -95,7 +105,7 @@ def _sampling(body: dict, tokens: int, logprobs: bool) -> Sampling:
     stop = take(body, "stop", lambda x: _text(x) or isinstance(x, list) and all(map(_text, x)) and len(x) <= MOST_STOPS,
                 f"a string or a list of at most {MOST_STOPS}", [])
     stop = tuple(s for s in ([stop] if _text(stop) else stop) if s)
-    real = {name: take(body, name, _real, "a number") for name in
+    real = {name: take(body, name, is_number, "a number") for name in
             ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
              "frequency_penalty")}
     whole = {name: take(body, name, _whole, "a whole number") for name in ("top_k", "no_repeat_ngram", "seed")}
@@ -104,8 +114,7 @@ def _sampling(body: dict, tokens: int, logprobs: bool) -> Sampling:
     given = {name: value for name, value in {**real, **whole, **more}.items() if value is not None}
     try: return Sampling(max_new_tokens=max(1, tokens), stop=stop, logprobs=logprobs, **{"temperature": 1.0, **given})
     except UsageError as e:
-        message = str(e).partition("; --")[0]
-        raise RequestError(f"{message}.", param=message.partition(" ")[0]) from None
+        raise RequestError(str(e), param=str(e).partition(" ")[0]) from None
 
 
 @dataclass
@@ -120,6 +129,7 @@ class Job:
     echo: bool = False
     logprobs: bool = False
     prompts: list[str] = field(default_factory=list)  # Each prompt as text
+    begins: list[tuple[int, tuple]] = field(default_factory=list)  # Where in it what is read begins: `_begin`
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -132,7 +142,6 @@ class Model:
     vocab_size: int
     context: int
     chat: Callable[[list[dict]], list[int]] | None = None  # The tokens of a conversation, where there is a template
-    ends: frozenset[int] = frozenset()  # What ends a turn, beside the tokenizer's own end of text
 
 
 def _expect(body: dict, model: Model) -> None:
@@ -154,8 +163,8 @@ def _requests(model: Model, prompts: list[list[int]], n: int, sampling: Sampling
                                'Shorten it, or send "truncate": "left" to drop its beginning.', param="prompt",
                                code="context_length_exceeded")
         for i in range(n):
-            seed = None if sampling.seed is None else sampling.seed + i
-            found.append(Request(ids[-model.context:], replace(sampling, seed=seed), limit=limit, **more))
+            own = replace(sampling, seed=sampling.seed_of(i))
+            found.append(Request(ids[-model.context:], own, limit=limit, **more))
     return found
 
 
@@ -169,14 +178,22 @@ def _stream(body: dict) -> dict[str, bool]:
     return {"stream": stream, "usage": bool(usage)}
 
 
-def _prompts(body: dict, model: Model) -> tuple[list[list[int]], list[str]]:
-    "The prompts of a completion, as tokens and as text: one or a list of them, each a string or a list of tokens"
-    given, size = body.get("prompt", ""), model.tokenizer.vocab_size
-    def tokens(p): return isinstance(p, list) and all(map(_whole, p))
-    if _text(given) or given and tokens(given): given = [given]
-    if not isinstance(given, list) or not given or not all(_text(p) or tokens(p) for p in given):
+def _ids(x) -> bool: return isinstance(x, list) and all(map(_whole, x))
+
+
+def _given(body: dict) -> list:
+    "The prompts of a completion as they came: one or a list of them, each a string or a list of tokens"
+    given = body.get("prompt", "")
+    if _text(given) or given and _ids(given): given = [given]
+    if not isinstance(given, list) or not given or not all(_text(p) or _ids(p) for p in given):
         raise RequestError("prompt must be text, a list of texts, a list of token ids, or a list of such lists.",
                            param="prompt")
+    return given
+
+
+def _prompts(given: list, model: Model) -> tuple[list[list[int]], list[str]]:
+    "The prompts of a completion, as tokens and as text"
+    size = model.tokenizer.vocab_size
     if any(not 0 <= i < size for p in given if not _text(p) for i in p):
         raise RequestError(f"A token id is from 0 to {size - 1:,} here.", param="prompt")
     ids = [model.tokenizer.encode_prompt(p) if _text(p) else p for p in given]
@@ -184,36 +201,48 @@ def _prompts(body: dict, model: Model) -> tuple[list[list[int]], list[str]]:
     return [i or [model.tokenizer.eot_id] for i in ids], texts  # nothing: as at the beginning of a document
 
 
-def completion(body: dict[str, Any], model: Model) -> Job:
+def _begin(cut: list[int], tokenizer) -> tuple[int, tuple]:
+    "Where a text goes on behind the tokens that were `cut` off it, and the bytes of a character that ends there"
+    decoder = DECODER("replace")
+    return len(decoder.decode(b"".join(map(tokenizer.token_bytes, cut)))), decoder.getstate()
+
+
+def completion(
+    body: dict[str, Any],  # From `parse`
+    model: Model,
+    most: int = 256,  # Texts of one request
+) -> Job:
     "What a body for /v1/completions asks for"
     _expect(body, model)
     _known(body, COMPLETION)
-    n, top = _number(body, "n", 1, MOST_TEXTS, 1), _number(body, "logprobs", 0, MOST_TOP, None)
+    given, top = _given(body), _number(body, "logprobs", 0, MOST_TOP, None)
+    n = _texts(body, len(given), most)
     if body.get("best_of", n) != n:
         raise RequestError("best_of is not supported here; n gives that many texts.", param="best_of")
     limit = _number(body, "max_tokens", 0, 1_000_000, 16)
     echo = take(body, "echo", _switch, "true or false", False)
     sampling = _sampling(body, limit, top is not None)
-    prompts, texts = _prompts(body, model)
+    prompts, texts = _prompts(given, model)
     requests = _requests(model, prompts, n, sampling, limit, top=top or 0, score=echo and top is not None)
+    begins = [_begin(ids[:len(ids) - len(r.ids)], model.tokenizer) for ids, r in zip(prompts, requests[::n])]
     return Job("text_completion", model.id, requests, n, echo=echo, logprobs=top is not None, prompts=texts,
-               **_stream(body))
+               begins=begins, **_stream(body))
 
 
-def chat(body: dict[str, Any], model: Model) -> Job:
+def chat(body: dict[str, Any], model: Model, most: int = 256) -> Job:
     "What a body for /v1/chat/completions asks for"
     _expect(body, model)
     if model.chat is None:
         raise RequestError(f"{model.id} has no chat template, so it knows no turns of a conversation. "
                            "Use /v1/completions, which continues a text.", code="no_chat_template")
     _known(body, CHAT)
-    n, logprobs = _number(body, "n", 1, MOST_TEXTS, 1), take(body, "logprobs", _switch, "true or false", False)
+    n, logprobs = _texts(body, 1, most), take(body, "logprobs", _switch, "true or false", False)
     top = _number(body, "top_logprobs", 0, MOST_TOP, 0)
     ids = model.chat(_messages(body))
     room = max(16, model.context - len(ids))
     older = _number(body, "max_tokens", 1, 1_000_000, room)
     limit = _number(body, "max_completion_tokens", 1, 1_000_000, None) or older
-    requests = _requests(model, [ids], n, _sampling(body, limit, logprobs), limit, top=top, ends=model.ends)
+    requests = _requests(model, [ids], n, _sampling(body, limit, logprobs), limit, top=top)
     return Job("chat.completion", model.id, requests, n, logprobs=logprobs, **_stream(body))
 
 
@@ -225,7 +254,8 @@ def _messages(body: dict) -> list[dict[str, str]]:
     for turn in turns:
         content = turn.get("content") if isinstance(turn, dict) else None
         if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            content = "".join(str(p.get("text", "")) for p in content)
+            parts = [p.get("text") for p in content]
+            content = "".join(parts) if all(map(_text, parts)) else None
         if not _text(content) or not _text(turn.get("role")):
             raise RequestError('A message is {"role": text, "content": text}; other parts than text are not read here.',
                                param="messages")
@@ -250,10 +280,11 @@ class Teller:
 
     def __init__(self, job: Job, tokenizer):
         self.job, self.tokenizer, self.chats = job, tokenizer, job.kind == "chat.completion"
-        self.offsets = [0 if job.echo or self.chats else len(job.prompts[i // job.per_prompt])
-                        for i in range(len(job.texts))]
-        self.decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in job.texts]
-        self.begun: set[int] = set()
+        self.offsets, self.decoders, self.begun = [], [DECODER("replace") for _ in job.texts], set()
+        for i, decoder in enumerate(() if self.chats else self.decoders):
+            begin, bytes = job.begins[i // job.per_prompt]
+            if job.echo: decoder.setstate(bytes)
+            self.offsets.append(begin if job.echo else len(job.prompts[i // job.per_prompt]))
 
     @property
     def head(self) -> dict[str, Any]:

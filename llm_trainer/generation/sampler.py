@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from ..device import choose_device, fast_threads
+from ..device import choose_device, fast_threads, within_thread_limit
 from ..errors import NotFoundError, UsageError
 from .filters import apply_filters, draw, exhausted, uniforms
-from .sampling import Sampling
+from .sampling import Sampling, text_only
 from .kernels import fast_step, recorded, shortlist
 from ..model.transformer import GPT, KVCache
 from ..data.tokenizer import Tokenizer
@@ -176,8 +176,9 @@ class TextStream:
         if ends := [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]:
             self.stopped = True
             return self.held[:min(ends)[1]] # before the one that is whole first, wherever the bytes were cut
-        begun = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        sure = len(self.held) - (0 if final else begun)
+        end = len(self.held)
+        begun = (i for i in range(end) if any(s.startswith(self.held[i:]) for s in self.stop))
+        sure = end if final else next(begun, end)
         text, self.held = self.held[:sure], self.held[sure:]
         return text
 
@@ -203,9 +204,9 @@ def prompt_ids(
         raise UsageError(f"The tokenizer has {tokenizer.vocab_size} tokens, the model knows {v}; they don't belong "
                          "together. Use the tokenizer saved beside the model")
     if sampling.top_k > v:
-        raise UsageError(f"top_k must be at most {v}, the tokens of the vocabulary, not {sampling.top_k}. "
+        raise UsageError(f"top_k must be at most {v}, the tokens of the vocabulary. "
                          f"Try --top-k {min(50, v)}")
-    ids = tokenizer.encode_prompt(prompt)
+    ids = tokenizer.encode_prompt(text_only(prompt, "The prompt"))
     if not prompt or not ids: raise UsageError('The prompt is empty; there is nothing to continue. Try --prompt "The"')
     if len(ids) <= context or sampling.truncate == "left": return ids[-context:]
     raise UsageError(f"The prompt has {len(ids)} tokens, the model reads {context}. "
@@ -280,8 +281,7 @@ def generate_batch(
         try: encoded.append((prompt, prompt_ids(model, tokenizer, prompt, sampling)))
         except UsageError as e:
             raise UsageError(f"Prompt {n} of {len(prompts)}: {e}" if len(prompts) > 1 else e) from None
-    def seed(i): return None if sampling.seed is None else sampling.seed + i
-    rows = ((prompt, ids, seed(i)) for prompt, ids in encoded for i in range(samples))
+    rows = ((prompt, ids, sampling.seed_of(i)) for prompt, ids in encoded for i in range(samples))
     ends = () if sampling.ignore_eot else tokenizer.ends
     while batch := list(islice(rows, batch_size)):
         prompts, ids, seeds = map(list, zip(*batch))
@@ -373,5 +373,6 @@ def choose_threads(
     "Set the number of threads a model computes with; what is fast on a CPU is measured with the model itself"
     if asked is not None and not 1 <= asked <= 1024: raise UsageError(f"--threads goes from 1 to 1,024, not {asked}.")
     example = torch.zeros(1, min(tokens, model.config.seq_len), dtype=torch.long, device=model.head.device)
-    if asked or not model.head.is_cuda: torch.set_num_threads(asked or fast_threads(lambda: model(example)))
+    if asked: torch.set_num_threads(within_thread_limit(asked))
+    elif not model.head.is_cuda: torch.set_num_threads(fast_threads(lambda: model(example)))
     return torch.get_num_threads()

@@ -3,13 +3,41 @@ notebook and the server take them from here. It knows no tensor, so a face may a
 says what each does."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from llm_trainer.errors import UsageError
 
 INF = float("inf")
+
+
+def text_only(text: str, what: str) -> str:
+    "`text`, if it is text throughout: a tokenizer would read something else in place of a stray byte"
+    if not isinstance(text, str): raise UsageError(f"{what} must be text (a str), not {_shown(text)}.")
+    try: text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no valid UTF-8: character {error.start + 1} is a stray byte. A tokenizer "
+                         "reads text only; convert the file first, for example with iconv.") from None
+    return text
+
+
+def is_text(x: object) -> bool:
+    "Whether `x` is text throughout"
+    try: return text_only(x, "it") == x
+    except UsageError: return False
+
+
+def is_number(x: object) -> bool:
+    "Whether `x` is a number that can be computed with"
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+
+
+def _shown(x: object) -> str:
+    "`x` for a message, not all of it where it is long"
+    try: return f"{x!r:.60}"
+    except ValueError: return "something too long to show"
 
 
 @dataclass(frozen=True)
@@ -36,10 +64,14 @@ class Sampling:
     logprobs: bool = False  # Also give the log-probability of each token
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, Iterable) else stop)
         for name, (fits, what) in BOUNDS.items():
-            value, flag = getattr(self, name), name.replace("_", "-")
-            if not fits(value): raise UsageError(f"{name} must be {what}, not {value!r}; --{flag} changes it")
+            if not fits(value := getattr(self, name)): raise UsageError(f"{name} must be {what}, not {_shown(value)}.")
+
+    def seed_of(self, i: int) -> int | None:
+        "The seed of text `i` of several: they count up, and behind the largest one from 0"
+        return None if self.seed is None else self.seed + i - 2**63 * (self.seed + i >= 2**63)
 
     @property
     def greedy(self) -> bool: return self.temperature == 0
@@ -58,25 +90,29 @@ def _whole(low: float, high: float = INF) -> Callable[[object], bool]:
 
 def _number(test: Callable[[float], bool]) -> Callable[[object], bool]:
     "Takes numbers that pass `test`"
-    return lambda x: isinstance(x, int | float) and not isinstance(x, bool) and test(x)
+    return lambda x: is_number(x) and test(x)
+
+
+def _switch(x: object) -> bool: return isinstance(x, bool)
 
 
 _SEED = _whole(1 - 2**63, 2**63 - 1)
 _SHARE = _number(lambda x: 0 < x <= 1)
-_FINITE = _number(lambda x: abs(x) < INF)
 BOUNDS: dict[str, tuple[Callable, str]] = {
     "max_new_tokens": (_whole(1, 1_000_000), "a whole number from 1 to 1,000,000"),
     "beams": (_whole(1, 1_000), "a whole number from 1 to 1,000"),
     "top_k": (_whole(0), "a whole number of at least 0 (0 is off)"),
     "no_repeat_ngram": (_whole(0), "a whole number of at least 0 (0 is off)"),
     "seed": (lambda x: x is None or _SEED(x), "a whole number of at most 63 bits"),
-    "temperature": (_number(lambda x: 0 <= x < INF), "0 (the best token each time) or above"),
+    "temperature": (_number(lambda x: x >= 0), "0 (the best token each time) or above"),
     "top_p": (_SHARE, "above 0 and at most 1 (1 is off)"),
     "typical_p": (_SHARE, "above 0 and at most 1 (1 is off)"),
     "min_p": (_number(lambda x: 0 <= x <= 1), "from 0 (off) to 1"),
-    "repetition_penalty": (_number(lambda x: 0 < x < INF), "above 0 (1 is off)"),
-    "presence_penalty": (_FINITE, "a finite number (0 is off)"),
-    "frequency_penalty": (_FINITE, "a finite number (0 is off)"),
+    "repetition_penalty": (_number(lambda x: x > 0), "above 0 (1 is off)"),
+    "presence_penalty": (is_number, "a finite number (0 is off)"),
+    "frequency_penalty": (is_number, "a finite number (0 is off)"),
     "truncate": (lambda x: x in ("error", "left"), "'error' or 'left'"),
-    "stop": (lambda x: all(isinstance(s, str) and s for s in x), "one or more strings that aren't empty"),
+    "stop": (lambda x: isinstance(x, tuple) and all(is_text(s) and s for s in x), "text, or several that aren't empty"),
+    "ignore_eot": (_switch, "true or false"),
+    "logprobs": (_switch, "true or false"),
 }

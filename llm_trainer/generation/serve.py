@@ -28,6 +28,7 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError:
@@ -85,9 +86,7 @@ class Writer(threading.Thread):
 
     def submit(self, waiter: Waiter) -> None:
         "Asks for the texts of a job; 429 where too many wait already"
-        n = len(waiter.job.texts)
-        if n > self.limit: raise RequestError(f"One request asks for at most {self.limit} texts here.", param="n")
-        if self.waiting + n > self.limit:
+        if self.waiting + len(waiter.job.texts) > self.limit:
             raise RequestError(f"{self.waiting} texts wait already. Try again in a moment.", 429, code="queue_full")
         self.acts.put(lambda: self._add(waiter))
 
@@ -218,11 +217,11 @@ class Server:
 
     # -- What is written --
 
-    def writes(self, read: Callable[[dict, Model], Job]) -> Callable:
+    def writes(self, read: Callable[[dict, Model, int], Job]) -> Callable:
         "The endpoint that answers with text"
         async def answer(request):
             body = protocol.parse(await _body(request))
-            job = await asyncio.to_thread(read, body, self.model)
+            job = await asyncio.to_thread(read, body, self.model, self.writer.limit)
             waiter = Waiter(job, asyncio.get_running_loop())
             self.writer.submit(waiter)
             return Answer(waiter, self)
@@ -299,6 +298,7 @@ async def _body(request) -> bytes:
                 data += part
                 if len(data) > BODY: raise large
     except TimeoutError: raise RequestError(f"The body did not arrive within {SLOW} s.", 408) from None
+    except ClientDisconnect: raise RequestError("The client left before its body had come.") from None
     return bytes(data)
 
 
@@ -336,7 +336,7 @@ def open_model(
     if tokenizer.vocab_size > model.vocab_size:
         raise UsageError(f"The tokenizer has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}; they "
                          "don't belong together. Use the tokenizer saved beside the model")
-    known = Model(id, tokenizer, model.vocab_size, model.config.seq_len, _chat(folder), _ends(folder))
+    known = Model(id, tokenizer, model.vocab_size, model.config.seq_len, _chat(folder))
     return known, Engine(model, tokenizer, rows, _memory(model.head.device))
 
 
@@ -346,13 +346,6 @@ def _memory(device) -> int:
     import torch
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
-
-
-def _ends(folder: Path) -> frozenset[int]:
-    "The tokens that end a turn, as generation_config.json lists them"
-    try: ends = json.loads((Path(folder) / "generation_config.json").read_bytes()[:1 << 20]).get("eos_token_id")
-    except (OSError, ValueError, RecursionError, AttributeError): return frozenset()
-    return frozenset(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int))
 
 
 def _chat(folder: Path) -> Callable[[list[dict]], list[int]] | None:

@@ -300,8 +300,9 @@ class SavedSteps(StepFolders):
         if not index: raise NotFoundError(f"Run {self.run_id} has no checkpoint yet: {self.folder} holds none.")
         pins = {name: step for step, entry in index.items() for name in entry["pins"]}
         wanted = pins.get(which, max(index) if which == "best" else which)
-        if not str(wanted).isdecimal() or int(wanted) not in index: raise self._missing(which)
-        return int(wanted)
+        named = {str(step): step for step in index}.get(str(wanted).lstrip("0") or "0")  # as text: digits have no end
+        if named is None: raise self._missing(which)
+        return named
 
     def _update(self, pins:Mapping[int, str]={}) -> None:
         "Rewrite index.json from the folders, its old content and what is new"
@@ -316,7 +317,7 @@ class SavedSteps(StepFolders):
 
     def _missing(self, step) -> NotFoundError:
         have = ", ".join(map(str, self.steps()[-8:])) or "none"
-        return NotFoundError(f"Run {self.run_id} has no checkpoint {step!r}; it has: {have}.\n"
+        return NotFoundError(f"Run {self.run_id} has no checkpoint {step!r:.40}; it has: {have}.\n"
                              f"See them: llm-trainer verify {self.run_id}")
 
 # %% ../../nbs/07_checkpoint.ipynb #6a22e280
