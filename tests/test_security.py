@@ -109,7 +109,7 @@ def waits(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", (ROOT / "llm_trainer").rglob("*.py"), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sorted((ROOT / "llm_trainer").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_opened_that_could_be_a_pipe(path):
     name = str(path.relative_to(ROOT / "llm_trainer"))
     assert name == "system/files.py" or waits(ast.parse(path.read_text())) <= FINE.get(name, set())

@@ -6,9 +6,9 @@ Docs: https://llm-trainer.github.io/llm_trainer/files.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'plain', 'encode', 'write_whole', 'overwrite', 'sync_folder', 'open_regular', 'parse', 'read_json',
-           'read_lines', 'open_to_add', 'open_log', 'Appender', 'Follower', 'path_of', 'log_line', 'sync_fd',
+           'read_lines', 'remove', 'open_to_add', 'open_log', 'Appender', 'Follower', 'path_of', 'log_line', 'sync_fd',
            'write_file', 'replace_file', 'parse_json', 'load_json', 'sealed', 'unsealed', 'file_hash', 'timestamp',
-           'remove', 'deliver']
+           'deliver']
 
 # %% ../../nbs/00a_files.ipynb #5c5e0b37
 import errno
@@ -145,6 +145,17 @@ def read_lines(path:Path) -> Iterator[dict[str, Any]]:
             while line := f.readline(_LIMIT):
                 if record := parse(line): yield record
     except OSError: return
+
+# %% ../../nbs/00a_files.ipynb #00a00104
+def remove(
+    path:Path, # A folder, or whatever lies there instead
+    quiet:bool=True # Let stay what can't be removed; False: OSError
+)->None:
+    "Deletes what is at `path`: a real folder with all that is in it, of a link the link; one that is gone is fine"
+    from shutil import rmtree
+    with suppress(OSError if quiet else FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode): rmtree(path, ignore_errors=quiet)
+        else: os.unlink(path)
 
 # %% ../../nbs/00a_files.ipynb #7da24494
 def open_to_add(path:Path):
@@ -350,17 +361,6 @@ def timestamp(
     "A moment in UTC that sorts as text"
     seconds = time.time() if seconds is None else seconds
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1e6):06d}Z"
-
-
-def remove(
-    path:Path, # A folder, or whatever lies there instead
-    quiet:bool=True # Let stay what can't be removed; False: OSError
-)->None:
-    "Deletes what is at `path`: a real folder with all that is in it, of a link the link; one that is gone is fine"
-    from shutil import rmtree
-    with suppress(OSError if quiet else FileNotFoundError):
-        if stat.S_ISDIR(os.lstat(path).st_mode): rmtree(path, ignore_errors=quiet)
-        else: os.unlink(path)
 
 # %% ../../nbs/00a_files.ipynb #de11fe70
 def deliver(
