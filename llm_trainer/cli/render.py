@@ -233,12 +233,12 @@ def side_by_side(found: dict) -> str:
         return f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else clean(str(v), "")[:40]
     def setting(v) -> str: return figure("", str(v) if isinstance(v, float) else v)
     rows = [["", *(f"{letter} {clean(run, '')}" for letter, run in zip("ABCDEFGH", found["runs"]))]]
-    rows += [[name.replace("_", " "), *(figure(name, v) for v in values)] for name, values in found["figures"].items()
-             if any(
-        v is not None for v in values)]
+    rows += [[name.replace("_", " "), *(figure(name, v) for v in values)]
+             for name, values in found["figures"].items() if any(v is not None for v in values)]
     if not found["settings"]: return columns(rows) + "\n\nNo setting differs."
     rows += [[""] * len(rows[0]), ["Settings that differ", *[""] * len(found["runs"])]]
-    return columns([*rows, *([name, *map(setting, values)] for name, values in found["settings"].items())])
+    return columns([*rows, *([clean(name, "")[:40], *map(setting, values)]
+                             for name, values in found["settings"].items())])
 
 
 def csv(rows: list[dict]) -> str:

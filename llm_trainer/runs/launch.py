@@ -361,10 +361,10 @@ def _planned(state: State, epochs: float, limit: int | None) -> float:
 
 def _changed(run: Run, changes: dict[str, Any]) -> dict[str, list]:
     "The settings that really differ, as [old, new]; UsageError for one that a run can't change"
-    if not changes: return {}
     from llm_trainer.config import Config, all_settings
     from llm_trainer.config import changes as differ
     old = Config.from_dict(run.config())
+    if not changes: return {}
     found = differ(old, old.replace(**changes))
     if fixed := [name for name in found if all_settings()[name].change == "fixed"]:
         new = f"--{fixed[0]} {changes.get(fixed[0], '…')}"

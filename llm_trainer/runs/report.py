@@ -235,7 +235,8 @@ def _machine(state: State, meta: dict, train: list[dict], val: list[dict], attem
     yield _facts({
         "device": f"{device.get('name')} ({device.get('type')})" if device.get("name") else device.get("type"),
         "processes": world if world > 1 else None, "why this device": terms.get("reason"),
-        "number format": terms.get("dtype"), "compiled": {True: "yes", False: "no"}.get(terms.get("compile")),
+        "number format": terms.get("dtype"),
+        "compiled": shown(terms["compile"]) if isinstance(terms.get("compile"), bool) else None,
         "threads": terms.get("threads") or None, "software": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "speed, mean over the run": f"{count(used / seconds)} tokens/s" if seconds and used else None,
         "memory at most": size(memory) if memory else None, "time": duration(seconds),

@@ -59,14 +59,13 @@ def _whole(value) -> bool: return type(value) is int and 0 <= value < 2**63
 def _number(value) -> bool: return type(value) in (int, float) and 0 <= value < 2**63
 def _words(value) -> bool: return isinstance(value, list) and all(map(_text, value))
 def _table(value) -> bool: return isinstance(value, dict)
-def _flat(value) -> bool: return _table(value) and not any(isinstance(one, list) for one in value.values())
 def _groups(value) -> bool: return _table(value) and all(map(_table, value.values()))
 def _changes(value) -> bool:
     return _table(value) and all(isinstance(pair, list) and len(pair) == 2 for pair in value.values())
 
 
 _META = {"run_id": _text, "created_at": _text, "argv": _words, "config": _groups, "note": _text, "parent": _table,
-         "data": _table, "tokenizer_hash": _text, "vocab_size": _whole, "resolution": _flat, "device": _table,
+         "data": _table, "tokenizer_hash": _text, "vocab_size": _whole, "resolution": _table, "device": _table,
          "versions": _table, "parameters": _whole, "world_size": _whole, "strategy": _text, "prepared_at": _text}
 _ATTEMPT = {"attempt": _whole, "started_at": _text, "from_step": _whole, "target_epochs": _number,
             "target_steps": _whole, "changed": _changes, "lr_plan": _text, "argv": _words, "restarts": _whole,

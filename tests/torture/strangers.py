@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -301,7 +302,13 @@ def _views(root: Path) -> dict:
         row = readers.row_of(run, time.time())
         found[f"row {run.id}"] = terminal.clean(f"{row.word} {row.command} {row.fraction}")
         readers.RunReader(run, workspace.open_workspace(root), time.time).poll()
-    return found
+        with contextlib.suppress(LLMTrainerError): launch.plan_resume(run, workspace.open_workspace(root))
+    for words in (["compare", "good", "bad"], ["plot", "bad"], ["runs", "--sort", "parameters"],
+                  ["report", "bad", "--out", str(root / "report.md"), "--force"]):
+        with contextlib.redirect_stdout(said := io.StringIO()), contextlib.redirect_stderr(said):
+            with contextlib.chdir(root): front.run(words)
+        found[" ".join(words[:2])] = said.getvalue()
+    return found | {"report": (root / "report.md").read_text()}
 
 
 @trial("T30", goal=5000, slice=20, chunk=100)
@@ -311,7 +318,13 @@ def hostile_records(case: int) -> str | None:
     csv, json, completion, notebook, watcher) shows the other runs, and no control byte and no markup of them"""
     rng, root = random.Random(f"records {case}"), workspace.init(kept_folder("torture-records-")).root
     try:
-        good, bad = (create_run(root / "runs", _tiny().to_dict(), name=name) for name in ("good", "bad"))
+        facts = {"parameters": 1000, "world_size": 1, "tokenizer_hash": "ab", "data": {"weights": [1.0]},
+                 "resolution": {"device": "cpu", "compile": False, "threads": 1}, "versions": {"torch": "2.13.0"}}
+        good, bad = (create_run(root / "runs", _tiny().to_dict(), name, ["train", "--config", "tiny"], **facts)
+                     for name in ("good", "bad"))
+        for run in (good, bad):
+            for last in (4, 8): run.add_attempt(from_step=0, target_epochs=2, target_steps=last, argv=["resume"],
+                                                changed={"max_steps": [4, last]}, devices=["cpu"], world_size=1)
         rows = [{"kind": "train", "step": i, "loss": 1.5, "time": 1.0, "tokens": i} for i in range(3)]
         for run in (good, bad):
             (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -326,7 +339,8 @@ def hostile_records(case: int) -> str | None:
     finally: shutil.rmtree(root, ignore_errors=True)
     if "good" not in found["table"] or "good" not in found["json"]: return "the good run is hidden"
     for view, text in found.items():
-        if bytes_ := CONTROL.findall(text): return f"{view}: {bytes_[:3]!r}"
+        if "internal error" in text: return f"{view}: {text[-500:]}"
+        if bytes_ := CONTROL.findall(text): return f"{view}: {bytes_[:3]!r} {text[-300:]!r}"
         if view.startswith("markdown") and ("<script" in text or "](javascript" in text): return f"{view}: {text}"
 
 
