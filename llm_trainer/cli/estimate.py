@@ -65,7 +65,7 @@ def _spread(config, vocab: int, resolution, group) -> dict:
     from llm_trainer.model.cost import memory_estimate
     from llm_trainer.training.recipe import how_to_spread
     t = config.training
-    micro, rounds = deal(t.batch_size, t.grad_accum_steps, group.world)
+    micro, _ = deal(t.batch_size, t.grad_accum_steps, group.world)
     strategy, hold, why = how_to_spread(config, vocab, resolution, group)
     shared = {"shards": group.local_world, "hold": hold} if strategy == "fsdp" else {}
     memory = memory_estimate(config.model, vocab, micro, t.optimizer, resolution.dtype, resolution.device, **shared)

@@ -96,7 +96,7 @@ class Flag:
     @property
     def is_switch(self) -> bool: return self.kind is bool
     @property
-    def can_be_false(self) -> bool: return bool in members(self.kind) or "false" in choices(self.kind)
+    def can_be_false(self) -> bool: return "false" in choices(self.kind)
     @property
     def repeats(self) -> bool: return any(typing.get_origin(m) is list for m in members(self.kind))
     @property
