@@ -121,7 +121,7 @@ def thread_limit() -> int: # At least 1
 
 
 def within_thread_limit(
-    threads:int # As asked for by --threads
+    threads:int # As asked for
 )->int: # The same
     "What was asked for, if OpenMP gives it; raises `UsageError` where it doesn't"
     if threads <= (limit := thread_limit()): return threads
