@@ -341,11 +341,11 @@ def open_model(
 
 
 def _memory(device) -> int:
-    "Bytes that the cache of several texts may take: half of a GPU's free memory, or an eighth of the machine's"
-    import os
+    "Bytes that the cache of several texts may take: half of a GPU's free memory, or an eighth of main memory"
     import torch
+    from llm_trainer.device import total_memory
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return total_memory("cpu") // 8
 
 
 def _chat(folder: Path) -> Callable[[list[dict]], list[int]] | None:
