@@ -6,7 +6,7 @@ Docs: https://llm-trainer.github.io/llm_trainer/device.html.md"""
 
 # %% auto #0
 __all__ = ['MATH_SETTINGS', 'why_not', 'choose_device', 'threads_of', 'cpu_speeds', 'fast_dtype', 'thread_limit',
-           'within_thread_limit', 'available_threads', 'fast_threads', 'unhindered_threads', 'total_memory',
+           'within_thread_limit', 'available_threads', 'cgroups', 'fast_threads', 'unhindered_threads', 'total_memory',
            'device_name', 'cpu_kernels', 'math_settings', 'settings_kept', 'keeping_settings', 'Resolution', 'resolve',
            'seed_everything', 'rng_state', 'set_rng_state', 'memory_used', 'peak_flops', 'describe']
 
@@ -130,20 +130,40 @@ def within_thread_limit(
 
 
 def available_threads() -> int: # At least 1
-    "Physical cores this process may use, within its CPU affinity, its cgroup's quota and OpenMP's limit"
+    "Physical cores this process may use, within its CPU affinity, its control groups' quotas and OpenMP's limit"
     return max(1, min(_cores(), thread_limit()))
 
 
+def cgroups(
+    kind:str, # memory or cpu
+    mounted:str|Path="/sys/fs/cgroup", # Where the system shows them
+    own:str|Path="/proc/self/cgroup" # Where it says which of them are this process's
+)->list[Path]: # Folders; what is shown may begin further in than `own` says, as in a container, or be missing
+    "The control groups whose limits hold for this process, in both versions: its own and those around it"
+    found = []
+    for line in [*_read(own).splitlines(), f"0:{kind}:/", "0::/"]:
+        kinds, path = line.split(":", 2)[1:]
+        if kinds and kind not in kinds.split(","): continue
+        inner = Path(path.lstrip("/"))
+        for top in (kind, kinds) if kinds else ("", "unified"):
+            found += [Path(mounted, top, folder) for folder in (inner, *inner.parents)]
+    return list(dict.fromkeys(found))
+
+
+def _quota(group:Path) -> int|None: # Cores, rounded up
+    "What a control group allows; None: all"
+    limit, _, period = _read(group / "cpu.max").partition(" ")
+    if not limit: limit, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return -(-int(limit) // int(period)) if limit.isdecimal() and period.isdecimal() else None
+
+
 def _cores() -> int: # As many as OMP_NUM_THREADS says, or as there are
-    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip() # a list is one number for each level
-    if wish.isdecimal() and int(wish): return int(wish)
+    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip().lstrip("0") # a number for each level
+    if wish.isdecimal() and int(wish[:9]) <= 4096: return int(wish) # as many as --threads takes
     if not hasattr(os, "sched_getaffinity"): return torch.get_num_threads() # macOS: PyTorch counts the cores
     cpus = os.sched_getaffinity(0)
     cores = len({_read(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") or i for i in cpus})
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if not quota: quota, period = (_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
-    if quota.isdecimal() and period.isdecimal(): cores = min(cores, -(-int(quota) // int(period)))
-    return cores
+    return min([cores, *filter(None, map(_quota, cgroups("cpu")))])
 
 
 def _paces(
@@ -188,12 +208,12 @@ def unhindered_threads() -> int: # CPU threads
 def total_memory(
     device:str # cuda, a certain one such as cuda:1, mps or cpu
 )->int: # Bytes
-    "Memory the device offers: the GPU's own, or main memory within the cgroup's limit"
+    "Memory the device offers: the GPU's own, or main memory within the limits of its control groups"
     kind, _, number = device.partition(":")
     if kind == "cuda":
         return torch.cuda.get_device_properties(int(number or torch.cuda.current_device())).total_memory
     if device == "mps": return torch.mps.recommended_max_memory()
-    limits = [_read(f"/sys/fs/cgroup/{name}") for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    limits = [_read(group / name) for group in cgroups("memory") for name in ("memory.max", "memory.limit_in_bytes")]
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(int(n) for n in limits if n.isdecimal())])
 
 

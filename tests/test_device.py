@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from safetensors.torch import load, save
 from llm_trainer import device as device_module
 from llm_trainer.config import TrainConfig
 from llm_trainer.device import (
-    Resolution, available_threads, choose_device, cpu_speeds, describe, fast_dtype, fast_threads, keeping_settings,
-    unhindered_threads, memory_used, peak_flops, resolve,
+    Resolution, available_threads, cgroups, choose_device, cpu_speeds, describe, fast_dtype, fast_threads,
+    keeping_settings, unhindered_threads, memory_used, peak_flops, resolve,
     rng_state, seed_everything, set_rng_state, total_memory, why_not)
 from llm_trainer.errors import UsageError
 
@@ -102,8 +103,67 @@ def test_a_wish_for_threads_is_respected(monkeypatch):
     assert available_threads() == 5
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")  # for each level of threads within threads
     assert available_threads() == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert 1 <= available_threads() <= os.cpu_count()
+    for no_number in ("many", "4097", "18446744073709551617,2", "9" * 5000, "0"):
+        monkeypatch.setenv("OMP_NUM_THREADS", no_number)
+        assert 1 <= available_threads() <= os.cpu_count()
+
+
+V1 = "9:name=systemd:/\n4:memory:/job/step\n3:cpu,cpuacct:/job/step\n0::/"
+
+
+@pytest.mark.parametrize("own, limits", [
+    (V1, {"memory/job/memory.limit_in_bytes": 7, "memory/memory.limit_in_bytes": 9, "memory/other/memory.max": 1}),
+    (V1, {"memory/memory.limit_in_bytes": 7, "memory.max": 8, "cpu/job/step/memory.limit_in_bytes": 1}),
+    ("0::/job.slice/step.scope", {"job.slice/memory.max": 7, "job.slice/step.scope/memory.max": 8, "x/memory.max": 1}),
+    ("0::/docker/5e1f", {"memory.max": 7}), ("0::/../other", {"memory.max": 7}), ("", {"memory.max": 7}),
+    ("4:memory:/a\n0::/b:c", {"unified/b:c/memory.max": 7, "memory/a/memory.limit_in_bytes": 8})])
+def test_limits_are_those_of_each_control_group_around_this_process(tmp_path, own, limits):
+    (tmp_path / "own").write_text(own)
+    for path, limit in limits.items():
+        (tmp_path / "shown" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shown" / path).write_text(f"{limit}\n")
+    found = [path for group in cgroups("memory", tmp_path / "shown", tmp_path / "own") for path in group.glob("memory*")
+             if path.is_file()]
+    assert min(int(path.read_text()) for path in found) == 7
+
+
+@pytest.mark.parametrize("files, cores", [
+    ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "max 100000"}, None), ({}, None),
+    ({"cpu.cfs_quota_us": "50000", "cpu.cfs_period_us": "100000"}, 1),
+    ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None)])
+def test_a_quota_is_cores_rounded_up(tmp_path, files, cores):
+    for name, text in files.items(): (tmp_path / name).write_text(text)
+    assert device_module._quota(tmp_path) == cores
+
+
+LIMITS = """
+import os, sys
+from llm_trainer.device import available_threads, total_memory
+from llm_trainer.generation.serve import _memory
+import torch
+print(available_threads(), total_memory("cpu") // 10**8, _memory(torch.device("cpu")) // 10**7)
+"""
+V1_GROUPS = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup/cpu")]
+
+
+@pytest.mark.skipif(not all(os.access(group / "cgroup.procs", os.W_OK) for group in V1_GROUPS),
+                    reason="needs control groups (version 1) that may be made")
+def test_a_real_control_group_limits_memory_threads_and_what_a_server_keeps():
+    pytest.importorskip("uvicorn")
+    groups = [group / f"llm-trainer-test-{os.getpid()}" for group in V1_GROUPS]
+    inner = [group / "step" for group in groups]
+    try:
+        for group in inner: group.mkdir(parents=True)
+        (groups[0] / "memory.limit_in_bytes").write_text("2000000000")
+        (groups[1] / "cpu.cfs_quota_us").write_text("50000")
+        join = "; ".join(f"echo $$ > {group}/cgroup.procs" for group in inner)
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        done = subprocess.run(["sh", "-c", f'{join}; exec "$@"', "sh", sys.executable, "-c", LIMITS], text=True,
+                              capture_output=True, env=env)
+        assert done.stdout.split() == ["1", "19", "24"], done.stderr
+    finally:
+        for group in (*inner, *groups):
+            if group.is_dir(): group.rmdir()
 
 
 def test_memory_of_this_process_grows_with_what_it_holds():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -373,7 +374,101 @@ def test_a_conversation(folder, tmp_path):
                     *([{"role": "user", "content": [{"type": "text", **part}]}] for part in ({"text": None}, {}))):
             with pytest.raises(openai.BadRequestError) as e:
                 client.chat.completions.create(model="parrot", messages=bad)
-            assert e.value.param == "messages"
+            assert e.value.param.startswith("messages")
+
+
+LOOPS = "{% if messages[0].role == 'odd' %}{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}" \
+        "{% endfor %}{% endif %}" + CHAT
+
+
+def talker(folder, path, template, **more):
+    "The model with a chat template"
+    shutil.copytree(folder, path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template, **more}))
+    return path
+
+
+def said(content, role="user", **more):
+    return {"messages": [{"role": role, "content": content}], "max_tokens": 2, **more}
+
+
+@pytest.fixture(scope="module")
+def teller(folder, tmp_path_factory):
+    "A server whose template says, as its refusal, what it was given"
+    path = talker(folder, tmp_path_factory.mktemp("models") / "teller", "{{ raise_exception(messages | tojson) }}")
+    with answering(path) as at: yield at
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": ["the moon"]}'}}
+SEEN = {**CALL, "function": {"name": "look", "arguments": {"at": ["the moon"]}}}
+
+
+@pytest.mark.parametrize("turn, seen", [
+    (dict(content="a", name="Ann", refusal=None, audio=None, annotations=[]), dict(content="a", name="Ann")),
+    (dict(content=None, tool_calls=[CALL]), dict(content="", tool_calls=[SEEN])),
+    (dict(content="so", reasoning_content="hm", tool_calls=[SEEN]),
+     dict(content="so", reasoning_content="hm", tool_calls=[SEEN])),
+    (dict(content="", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": "{"}}]),
+     dict(content="", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": "{"}}])),
+    (dict(content=[{"type": "text", "text": "a"}, {"type": "text", "text": ""}], tool_call_id="c1", tool_calls=[]),
+     dict(content="a", tool_call_id="c1"))])
+def test_a_template_reads_all_that_a_message_says(teller, turn, seen):
+    status, found = ask(teller, "/v1/chat/completions", {"messages": [{"role": "user", **turn}]})
+    [given] = json.loads(found["error"]["message"].partition("messages: ")[2])
+    given.pop("thinking", None)  # some versions of Transformers give the reasoning this name, too
+    assert status == 400 and given == {"role": "user", **seen}
+
+
+@pytest.mark.parametrize("turn, param", [
+    (dict(content="a", nonsense=1), ".nonsense"), (dict(content="a", audio={"id": "x"}), ".audio"),
+    (dict(content="a", refusal="no"), ".refusal"), (dict(content="a", name=7), ".name"), (dict(), ".content"),
+    (dict(content=None), ".content"), (dict(content={"text": "a"}), ".content"), (dict(content=["a"]), ".content[0]"),
+    (dict(content="a", role=None), ".role"), (dict(tool_calls=7), ".tool_calls"),
+    (dict(content=[{"type": "text", "text": "a"}, {"type": "text"}]), ".content[1].text"),
+    (dict(content=[{"type": "text", "text": {"a": 1}}]), ".content[0].text"),
+    (dict(content=[{"type": "text", "text": "a", "cache_control": {"type": "x"}}]), ".content[0].cache_control"),
+    (dict(content=[{"type": "image_url", "image_url": {"url": "a"}}]), ".content[0].type"),
+    (dict(tool_calls=[{**CALL, "function": {}}]), ".tool_calls[0].function.name"),
+    (dict(tool_calls=[{**CALL, "type": "custom"}]), ".tool_calls[0].type")])
+def test_what_no_template_reads_is_refused_by_its_name(teller, turn, param):
+    messages = [{"role": "user", "content": "a"}, {"role": "user", **turn}]
+    status, found = ask(teller, "/v1/chat/completions", {"messages": messages})
+    assert status == 400 and found["error"]["param"] == f"messages[1]{param}" in found["error"]["message"]
+
+
+def test_likely_tokens_are_asked_for_with_their_costs(teller):
+    status, found = ask(teller, "/v1/chat/completions", said("a", top_logprobs=2))
+    assert status == 400 and found["error"]["param"] == "top_logprobs" and "logprobs: true" in found["error"]["message"]
+
+
+def test_a_template_without_end_costs_its_own_request_only(folder, tmp_path):
+    with answering(talker(folder, tmp_path / "loops", LOOPS), reading=0.5) as at, ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(lambda _: ask(at, "/v1/chat/completions", said("a", "odd")), range(12)))
+        assert {status for status, _ in found} <= {400, 503} and "0.5 s" in found[0][1]["error"]["message"]
+        until(lambda: not any(thread.name == "reading" for thread in threading.enumerate()))
+        for _ in range(9): assert ask(at, "/v1/chat/completions", said("a"))[0] == 200
+
+
+def test_the_command_ends_at_once_while_a_template_does_not_and_a_body_does_not_come(folder, tmp_path):
+    path = talker(folder, tmp_path / "loops", LOOPS, model_max_length=64)
+    start = [sys.executable, "-m", "llm_trainer", "serve", str(path), "--port", "0", "--json"]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as process, ThreadPoolExecutor(8) as clients:
+        try:
+            at = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")["url"].removeprefix("http://")
+            assert ask(at, "/v1/chat/completions", said("a" * 100, truncate="left"))[0] == 200
+            with socket.create_connection(at.split(":")) as s:
+                s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                          b"Content-Length: 100\r\n\r\n{")
+                asked = [clients.submit(ask, at, "/v1/chat/completions", said("a", "odd")) for _ in range(6)]
+                until(lambda: health(at)["reading"] == 7)
+                process.send_signal(signal.SIGTERM)
+                assert s.makefile("rb").readline().split()[1] == b"503"
+            for status, found in (future.result() for future in asked):
+                assert status == 503 and found["error"]["message"] == "The server is stopping."
+            assert process.wait(60) == -signal.SIGTERM and process.stderr.read() == ""
+        finally: process.kill()
 
 
 TASK = """

@@ -507,6 +507,15 @@ def test_a_wait_names_who_is_waited_for(tmp_path):
     child.wait()
 
 
+@pytest.mark.parametrize("wish, kept", [("3,2", "3,2"), ("4096", "4096"), ("4097", None), (f"{2**64 + 1}", None)])
+def test_a_wish_for_more_threads_than_openmp_survives_is_left_out_before_torch_loads(wish, kept):
+    code = ("import os, sys\nfrom llm_trainer.system import process\nprocess.prepare()\n"
+            "print(os.environ.get('OMP_NUM_THREADS'), 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "OMP_NUM_THREADS": wish})
+    assert done.stdout.split() == [str(kept), "False"] and ("unset OMP_NUM_THREADS" in done.stderr) == (kept is None)
+
+
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
 def test_threads_do_not_spin_without_end_unless_the_user_says_how(own):
     names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"

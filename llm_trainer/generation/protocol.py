@@ -238,6 +238,8 @@ def chat(body: dict[str, Any], model: Model, most: int = 256) -> Job:
     _known(body, CHAT)
     n, logprobs = _texts(body, 1, most), take(body, "logprobs", _switch, "true or false", False)
     top = _number(body, "top_logprobs", 0, MOST_TOP, 0)
+    if top and not logprobs:
+        raise RequestError("top_logprobs is for log-probabilities; send logprobs: true with it.", param="top_logprobs")
     ids = model.chat(_messages(body))
     room = max(16, model.context - len(ids))
     older = _number(body, "max_tokens", 1, 1_000_000, room)
@@ -246,21 +248,57 @@ def chat(body: dict[str, Any], model: Model, most: int = 256) -> Job:
     return Job("chat.completion", model.id, requests, n, logprobs=logprobs, **_stream(body))
 
 
-def _messages(body: dict) -> list[dict[str, str]]:
-    "The turns of a conversation, each with its role and its text"
+WORDS = (_text, "text")
+# What a message may hold, which is all that a chat template reads; its parts; its calls of tools: key → test, and what
+# passes it
+TURN = {"role": WORDS, "content": (lambda x: _text(x) or isinstance(x, list), "text or a list of parts"), "name": WORDS,
+        "tool_calls": (lambda x: isinstance(x, list), "a list"), "tool_call_id": WORDS, "reasoning_content": WORDS}
+PART = {"type": (lambda x: x == "text", '"text"; others than text are not read here'), "text": WORDS}
+CALL = {"type": (lambda x: x == "function", '"function"'), "id": WORDS,
+        "function": (lambda x: isinstance(x, dict), "an object")}
+FUNCTION = {"name": WORDS, "arguments": (lambda x: _text(x) or isinstance(x, dict), "text or an object")}
+
+
+def _object(given: Any, known: dict[str, tuple], where: str, *needed: str) -> dict[str, Any]:
+    "What an object inside a request says; an empty value says nothing where it isn't needed"
+    if not isinstance(given, dict): raise RequestError(f"{where} must be an object.", param=where)
+    nothing = (None, "", [], {})
+    for name in [*given, *needed]:
+        value, at = given.get(name), f"{where}.{name[:80]}"
+        if value in nothing and name not in needed: continue
+        if name not in known:
+            raise RequestError(f"{at} is not read here; what is: {', '.join(sorted(known))}.", param=at)
+        test, what = known[name]
+        if not test(value): raise RequestError(f"{at} must be {what}.", param=at)
+    return {name: given[name] for name in known if name in needed or given.get(name) not in nothing}
+
+
+def _messages(body: dict) -> list[dict[str, Any]]:
+    "The turns of a conversation, as a chat template reads them"
     turns = take(body, "messages", lambda x: isinstance(x, list) and x, "a list of at least one message")
     if not turns: raise RequestError("messages must be a list of at least one message.", param="messages")
-    found = []
-    for turn in turns:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            parts = [p.get("text") for p in content]
-            content = "".join(parts) if all(map(_text, parts)) else None
-        if not _text(content) or not _text(turn.get("role")):
-            raise RequestError('A message is {"role": text, "content": text}; other parts than text are not read here.',
-                               param="messages")
-        found.append({"role": turn["role"], "content": content})
-    return found
+    return [_turn(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
+
+
+def _turn(given: Any, where: str) -> dict[str, Any]:
+    "One of them: its parts joined, its calls of tools in place of a text"
+    needed = ("role",) if isinstance(given, dict) and given.get("tool_calls") else ("role", "content")
+    turn = {"content": "", **_object(given, TURN, where, *needed)}
+    if not _text(turn["content"]):
+        turn["content"] = "".join(_object(part, PART, f"{where}.content[{i}]", *PART)["text"]
+                                  for i, part in enumerate(turn["content"]))
+    if "tool_calls" in turn:
+        turn["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(turn["tool_calls"])]
+    return turn
+
+
+def _call(given: Any, where: str) -> dict[str, Any]:
+    "A call of a tool; its arguments, which OpenAI's clients send as JSON in a text, as the object that they are"
+    call = _object(given, CALL, where, "type", "function")
+    function = _object(call["function"], FUNCTION, f"{where}.function", "name")
+    try: read = json.loads(function.get("arguments", "{}"))
+    except (TypeError, ValueError, RecursionError): read = None
+    return {**call, "function": {**function, **({"arguments": read} if isinstance(read, dict) else {})}}
 
 
 # Answering it --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import hashlib
 import hmac
 import json
@@ -16,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ from llm_trainer.generation import protocol
 from llm_trainer.generation.engine import Engine, Request, Token
 from llm_trainer.generation.protocol import Job, Model, RequestError, Teller
 
-# Bytes of a request; seconds for it to arrive; seconds for texts to end before the server
-BODY, SLOW, GRACE = 4 << 20, 60, 3
+# Bytes of a request; seconds for it to arrive, and to be read; how many are read at a time; seconds for texts to end
+# before the server
+BODY, SLOW, READING, READERS, GRACE = 4 << 20, 60, 10, 4, 3
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -141,6 +143,39 @@ def _wake(waiters: dict[Waiter, None]) -> None:
     for waiter in waiters: waiter.news.set()
 
 
+# What is read beside the event loop ----------------------------------------------------------------------------------
+
+class Reading(threading.Thread):
+    """Reads one request, which becomes its job in `told`. It can be ended: a chat template is a program of its own"""
+
+    def __init__(self, read: Callable[[], Job], done: Callable[[], None]):
+        super().__init__(name="reading", daemon=True)
+        self.read, self.done, self.over, self.lock = read, done, False, threading.Lock()
+        self.loop = asyncio.get_running_loop()
+        self.told: asyncio.Future[Job] = self.loop.create_future()
+        self.start()
+
+    def run(self) -> None:
+        tell, told = self.told.cancel, None
+        try:
+            try: tell, told = self.told.set_result, self.read()
+            except Exception as e: tell, told = self.told.set_exception, e
+            with self.lock: self.over = True
+        except SystemExit: pass  # as `end` wants it
+        finally:
+            with suppress(RuntimeError): self.loop.call_soon_threadsafe(self._close, tell, told)  # or the loop is gone
+
+    def _close(self, tell: Callable, told: Any) -> None:
+        self.done()
+        if not self.told.done(): tell(told)
+
+    def end(self) -> None:
+        "Ends it at its next line of Python, in silence"
+        with self.lock:
+            if not self.over: ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident),
+                                                                         ctypes.py_object(SystemExit))
+
+
 # HTTP ----------------------------------------------------------------------------------------------------------------
 
 class Server:
@@ -152,8 +187,10 @@ class Server:
         key: str | None = None,  # What clients must send
         hosts: tuple[str, ...] | None = None,  # Names that it answers to; None: any
         queue: int = 256,  # Texts that may wait
+        reading: float = READING,  # Seconds to read a request
     ):
         self.model, self.engine, self.key, self.hosts = model, engine, key, hosts
+        self.reading, self.turns, self.coming = reading, asyncio.Semaphore(READERS), set()
         self.writer, self.created = Writer(engine, queue), int(time.time())
         pages = {"/": self.page, "/health": self.health, "/v1/models": self.models,
                 "/v1/models/{id:path}": self.one_model}
@@ -169,10 +206,14 @@ class Server:
         yield
         await asyncio.to_thread(self.writer.stop)
 
+    def turn_away(self) -> None:
+        "Ends what is still arriving or being read, saying why"
+        for task in self.coming: task.cancel()
+
     def cut(self) -> None:
         "Ends what is still being written, saying why"
         for waiter, _ in list(self.writer.owners.values()):
-            waiter.failed = RequestError("The server is stopping.", 503)
+            waiter.failed = _stopping()
             waiter.news.set()
 
     # -- Who may ask --
@@ -202,8 +243,8 @@ class Server:
     async def page(self, request) -> Response: return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     async def health(self, request) -> Response:
-        return JSONResponse({"status": "ok", "model": self.model.id, "writing": len(self.engine.rows),
-                             "waiting": self.writer.waiting})
+        return JSONResponse({"status": "ok", "model": self.model.id, "reading": len(self.coming),
+                             "writing": len(self.engine.rows), "waiting": self.writer.waiting})
 
     async def models(self, request) -> Response: return JSONResponse({"object": "list", "data": [self.card()]})
 
@@ -220,12 +261,35 @@ class Server:
     def writes(self, read: Callable[[dict, Model, int], Job]) -> Callable:
         "The endpoint that answers with text"
         async def answer(request):
-            body = protocol.parse(await _body(request))
-            job = await asyncio.to_thread(read, body, self.model, self.writer.limit)
+            async with self.in_time(): job = await self.job(read, await _body(request))
             waiter = Waiter(job, asyncio.get_running_loop())
             self.writer.submit(waiter)
             return Answer(waiter, self)
         return answer
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        "What is done here ends when the server does"
+        task = asyncio.current_task()
+        self.coming.add(task)
+        try: yield
+        except asyncio.CancelledError: raise _stopping() from None
+        finally: self.coming.discard(task)
+
+    async def job(self, read: Callable[[dict, Model, int], Job], data: bytes) -> Job:
+        "What a body asks for, unless it takes too long to find out"
+        reading = None
+        try:
+            async with asyncio.timeout(self.reading):
+                await self.turns.acquire()
+                reading = Reading(lambda: read(protocol.parse(data), self.model, self.writer.limit), self.turns.release)
+                return await reading.told
+        except TimeoutError:
+            if not reading: raise RequestError("Others are being read. Try again in a moment.", 503) from None
+            raise RequestError(f"This took longer than {self.reading:g} s to read, so it was given up. Send less; "
+                               "of a conversation, the chat template may never come to an end.") from None
+        finally:
+            if reading: reading.end()
 
 
 class Answer(Response):
@@ -279,6 +343,9 @@ class Answer(Response):
             if self.job.usage and not self.waiter.gone: await _send(send, self.teller.last())
         except RequestError as e: await _send(send, e.body())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def _stopping() -> RequestError: return RequestError("The server is stopping.", 503)
 
 
 async def _send(send, *chunks: dict[str, Any]) -> None:
@@ -336,30 +403,30 @@ def open_model(
     if tokenizer.vocab_size > model.vocab_size:
         raise UsageError(f"The tokenizer has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}; they "
                          "don't belong together. Use the tokenizer saved beside the model")
-    known = Model(id, tokenizer, model.vocab_size, model.config.seq_len, _chat(folder))
+    known = Model(id, tokenizer, model.vocab_size, model.config.seq_len, _chat(folder, tokenizer.encode_marked))
     return known, Engine(model, tokenizer, rows, _memory(model.head.device))
 
 
 def _memory(device) -> int:
-    "Bytes that the cache of several texts may take: half of a GPU's free memory, or an eighth of the machine's"
-    import os
+    "Bytes that the cache of several texts may take: half of a GPU's free memory, or an eighth of main memory"
     import torch
+    from llm_trainer.device import total_memory
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return total_memory("cpu") // 8
 
 
-def _chat(folder: Path) -> Callable[[list[dict]], list[int]] | None:
+def _chat(folder: Path, encode: Callable[[str], list[int]]) -> Callable[[list[dict]], list[int]] | None:
     "What makes tokens of a conversation, where the folder has a chat template"
     from transformers import PreTrainedTokenizerFast
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template: return None
 
     def tokens(messages: list[dict]) -> list[int]:
-        how = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
-        try: return list(tokenizer.apply_chat_template(messages, **how))
+        try: text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:  # a template is a program of its own
             raise RequestError(f"The chat template refuses these messages: {clean(str(e))[:300]}",
                                param="messages") from None
+        return encode(text)
     return tokens
 
 
@@ -393,6 +460,7 @@ class _Uvicorn(uvicorn.Server):
         self.ready()
 
     async def shutdown(self, sockets=None) -> None:
+        self.server.turn_away()
         later = asyncio.get_running_loop().call_later(GRACE, self.server.cut)
         await super().shutdown(sockets)
         later.cancel()

@@ -12,6 +12,7 @@ from typing import Any
 from llm_trainer.errors import UsageError
 
 FILES = 1024  # open files that a run may need: loaders, shards, logs
+THREADS = 4096  # that may be asked for
 
 LINUX, MACOS = sys.platform.startswith("linux"), sys.platform == "darwin"
 if not (LINUX or MACOS):
@@ -49,7 +50,8 @@ def prepare() -> None:
     next file to be opened, perhaps a lock, would be taken for standard output. No folder it makes is open to everybody.
     As many files may be open as a run needs, if the system allows that. And threads that wait for one another soon
     sleep: spinning without end, two of them beside two busy processes were 5 times slower, and alone no faster. Where
-    other processes work they sleep at once, which is 10 times as fast there and a quarter slower elsewhere."""
+    other processes work they sleep at once, which is 10 times as fast there and a quarter slower elsewhere. A wish for
+    more threads than any machine has, for which OpenMP would end the process, is left out."""
     import resource
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try: os.fstat(fd)
@@ -61,6 +63,11 @@ def prepare() -> None:
     os.umask(os.umask(0o077) | 0o002)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():  # read when torch loads
         os.environ.update({"OMP_WAIT_POLICY": "passive"} if _others_work() else {"GOMP_SPINCOUNT": "2000"})
+    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip().lstrip("0")
+    if wish.isdecimal() and int(wish[:9]) > THREADS:
+        del os.environ["OMP_NUM_THREADS"]
+        print(f"OMP_NUM_THREADS asks for more than {THREADS:,} threads, so it doesn't count: each core gets one.\n"
+              "Leave that to this program: unset OMP_NUM_THREADS; or choose: export OMP_NUM_THREADS=2", file=sys.stderr)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted: resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
