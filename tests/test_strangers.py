@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import full_pipe, program
-from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, until  # noqa: F401
+from test_launch import STAND_IN, ROOT, ended, event, hears_signals, stand_in, step, tiny, until  # noqa: F401
 
 from llm_trainer import workspace
 from llm_trainer.cli import commands
@@ -131,6 +131,21 @@ def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa:
     finally: child.kill()
     run.lock.release()
     os.close(read)
+
+
+@pytest.mark.parametrize("then, code, says", [("hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)", 130, "interrupted"),
+                                              ("time.sleep(60)", 0, "")], ids=["a long C call", "it goes on"])
+def test_ctrl_c_ends_what_does_not_hear_it_and_nothing_else(then, code, says):
+    words = ("import hashlib, threading, time; from llm_trainer.cli import viewer; viewer.let_go()\n"
+             "threading.Timer(0.5, print, ['it has begun'], dict(flush=True)).start()\n"
+             "try: {}\nexcept KeyboardInterrupt: time.sleep(3)")
+    with subprocess.Popen([sys.executable, "-c", words.format(then)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, preexec_fn=hears_signals, env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:
+        try:
+            child.stdout.readline()
+            child.send_signal(signal.SIGINT)
+            assert child.wait(60) == code and says in child.stderr.read()
+        finally: child.kill()
 
 
 def test_a_prompt_from_a_pipe_is_waited_for_aloud_and_one_without_end_is_refused(space):  # noqa: F811
