@@ -18,7 +18,7 @@ from llm_trainer import workspace
 from llm_trainer.cli import commands
 from llm_trainer.errors import BusyError, UsageError
 from llm_trainer.runs import launch, worker
-from llm_trainer.runs.run import Run, create_run, find_run
+from llm_trainer.runs.run import Run, create_run, find_run, list_runs
 from llm_trainer.runs.writer import RunWriter
 from llm_trainer.system import locks, process
 
@@ -230,6 +230,23 @@ def test_a_run_that_got_another_name_is_not_begun_again(space):  # noqa: F811
     assert moved.status().reason["code"] == "moved" and advice in moved.status().reason["message"]
     with pytest.raises(UsageError) as refused: launch.plan_resume(moved, space)
     assert advice in str(refused.value)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_folder_goes_back_to_its_name_by_the_command_of_the_message_and_a_copy_into_none(space, copied):  # noqa: F811
+    run = create_run(space.runs, tiny().to_dict(), name="one")
+    shutil.copytree(run.folder, space.runs / "copy")
+    if not copied:
+        shutil.rmtree(run.folder)
+        (run.folder / "full").mkdir(parents=True)
+    said = program(space, "resume", "copy")
+    assert said.returncode == 2 and ("It is a copy" in said.stderr) == copied
+    if copied:
+        *_, remove = said.stderr.splitlines()
+        assert program(space, *remove.partition("llm-trainer ")[2].split(), "--yes").returncode == 0
+    else: subprocess.run(["sh", "-c", said.stderr.partition("name: ")[2].partition("\n")[0]], check=True)
+    assert [found.id for found in list_runs(space.runs)] == ["one"] and not (run.folder / "copy").exists()
+    assert launch.plan_resume(find_run(space.runs, "one"), space).from_step == 0
 
 
 def test_a_run_whose_lock_is_removed_goes_on_and_keeps_others_out(space):  # noqa: F811

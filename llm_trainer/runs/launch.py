@@ -315,8 +315,14 @@ def plan_resume(
 def renamed(run: Run, name: str) -> str:
     "What to do about a run whose folder got another name than its checkpoints have"
     home = run.folder.with_name(name)
-    return (f"Its checkpoints are those of {name}; give it back that name: mv {shlex.quote(str(run.folder))} "
-            f"{shlex.quote(str(home))}\nThen: llm-trainer resume {name}")
+    if is_run(home): return (f"It is a copy: {name} is there too, and the checkpoints are its own.\n"
+                             f"Go on with that: llm-trainer resume {name}\n"
+                             f"A new run from its weights: llm-trainer train --init-from {name}\n"
+                             f"Remove the copy: llm-trainer delete {run.id}")
+    there = shlex.quote(str(home))
+    aside = f"mv {there} {there}.away && " if os.path.lexists(home) else ""
+    return (f"Its checkpoints are those of {name}; give it back that name: {aside}mv {shlex.quote(str(run.folder))} "
+            f"{there}\nThen: llm-trainer resume {name}")
 
 
 def saved_steps(folder: Path) -> list[int]:
