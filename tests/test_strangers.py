@@ -406,6 +406,26 @@ def test_what_belongs_to_another_user_is_said_to():
             assert "Remove" not in said.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("words, closed", [(["train", "--config", "tiny"], ""), (["resume", "mine"], "mine"),
+                                           (["train", "--config", "tiny", "--background"], ""), (["init"], "")])
+def test_a_run_that_could_never_be_saved_is_not_begun(words, closed):
+    code = ("import os, sys; os.setgid(54321); os.setuid(54321)\n"
+            "from llm_trainer.cli.commands import main; sys.exit(main())")
+    with tempfile.TemporaryDirectory() as root:
+        space = workspace.init(root)
+        create_run(space.runs, tiny().to_dict(), name="mine")
+        for at, _, names in os.walk(root):
+            for path in [at, *(os.path.join(at, name) for name in names)]: os.chown(path, 54321, 54321)
+        os.makedirs(space.checkpoints / closed, exist_ok=True)
+        os.chown(space.checkpoints / closed, 0, 0)
+        before = {str(path) for path in space.root.rglob("*") if ".locks" not in str(path)}
+        said = program(space, *words, code=code)
+        assert said.returncode in (1, 2) and f"in {space.checkpoints / closed}: Permission denied" in said.stderr
+        assert {str(path) for path in space.root.rglob("*") if ".locks" not in str(path)} == before
+        assert find_run(space.runs, "mine").attempts() == []
+
+
 def test_a_lock_that_another_process_keeps_too_long_costs_an_index_not_the_training(tmp_path, monkeypatch):
     from llm_trainer.training import checkpoint
     (tmp_path / "x").mkdir()
