@@ -24,7 +24,6 @@ from llm_trainer.system import failpoints, locks, process
 from llm_trainer.training.checkpoint import Checkpoints
 from llm_trainer.config import load_config
 from llm_trainer.errors import BusyError, CheckpointError, DataError, NotFoundError, RunFailed, UsageError
-from llm_trainer.events import print_notes
 from llm_trainer.runs.run import Run, create_run, find_run, list_runs
 from llm_trainer.runs.writer import RunWriter
 from llm_trainer.system.files import remove
@@ -131,8 +130,9 @@ def spawn(run, space):
 STAND_IN = """
 import hashlib, os, sys, time
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from tests.test_launch import Run, event, locks, print_notes, step, worker, workspace
+from tests.test_launch import Run, event, locks, step, worker, workspace
 from pathlib import Path
+from llm_trainer.events import print_notes
 run, phase, rounds = Run(Path(sys.argv[2])), sys.argv[3], int(sys.argv[4])
 run.lock = locks.Lock(run.folder / "lock")
 run.lock.acquire(2)
