@@ -90,7 +90,7 @@ FINE = {
     # texts that a person names: what is no file is refused before
     "data/readers.py": {"open", "gzip.open"},
     "cli/commands.py": {"path.write_text", "workspace.home(output).write_bytes"}, "config.py": {"path.open"},
-    "workspace.py": {"(root / 'settings.ini').write_text"},
+    "workspace.py": {"path.read_bytes", "new.write_text"},
     "generation/serve.py": {"(Path(folder) / 'generation_config.json').read_bytes"},
     # the kernel's
     "device.py": {"Path(path).read_text"}, "system/process.py": {"path.read_text"},
