@@ -478,6 +478,8 @@ def profiles(
 # %% ../nbs/00_config.ipynb #0ac61ac3
 def _locate(config:str | Path, configs:Path | None) -> Path:
     "The file that a profile name or a path means"
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"A profile is given by its name, or as the path of a TOML file, not as {_shown(config)}.")
     known = profiles(configs)
     text, path = str(config), known.get(config) or workspace.home(config)
     if path.suffix != ".toml" and path.name == text:

@@ -110,6 +110,16 @@ def preferred_device() -> str:
     except NotFoundError: return "auto"
 
 
+def refusal(folder: Path) -> str | None:
+    "Why nothing can be made in `folder`, or in the nearest one above it that is there; None where something can"
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    new = there / f".tmp-{os.urandom(4).hex()}"
+    try:
+        new.mkdir(0o700)
+        new.rmdir()
+    except OSError as e: return f"nothing can be written in {there}: {e.strerror}"
+
+
 def init(folder: Path | str = ".") -> Workspace:
     "Make `folder` a workspace; what is already there stays as it is"
     root = home(folder).resolve()
@@ -124,4 +134,7 @@ def init(folder: Path | str = ".") -> Workspace:
         finally: new.unlink(missing_ok=True)
     space = open_workspace(root)
     for folder in (space.data, space.checkpoints, space.runs, space.configs): folder.mkdir(parents=True, exist_ok=True)
+    for folder in (space.data, space.checkpoints, space.runs):
+        if why := refusal(folder): raise UsageError(f"This workspace can't be used: {why}.\nMake that folder writable, "
+                                                    "or choose another workspace: llm-trainer init FOLDER")
     return space

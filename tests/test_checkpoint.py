@@ -229,6 +229,12 @@ def test_a_store_keeps_three_and_leaves_room_unless_told_otherwise(tmp_path):
 def test_a_refused_write_is_said_in_the_systems_words(store):
     def full(folder): raise OSError(28, "No space left on device", "model.safetensors")
     with pytest.raises(SaveFailed, match=r": No space left on device\. Earlier"): store.save(40, full)
+    new = Checkpoints(store.folder.with_name("new"), "new", emit=Heard())
+    with pytest.raises(SaveFailed, match=r"device\. Nothing is saved so far\."):
+        new.save(40, full)
+    shutil.rmtree(new.folder)
+    new.record(40, 1.0)
+    assert new.emit == [], "there is nothing that an index could be of"
     index, store.emit = store.folder / "index.json", Heard()
     index.unlink()
     index.mkdir()

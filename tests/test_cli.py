@@ -127,6 +127,17 @@ def test_wrong_arguments_are_refused_and_touch_nothing(space): assert fuzz(2000,
     (["runs", "--csv", "nobody"], 3, "There is no run"),
     (["train", "--dataset", f"./{'x' * 300}"], 3, "no file or folder"),
     (["watch"], 2, "needs a terminal"),
+    *((argv.split(), 2, f"{argv.split()[-2]} takes a whole number from") for argv in (
+        "prepare --show -1", "plot --height 0", "plot --width -3", "plot --width 301", "logs --lines -1",
+        "serve --rows 0", "serve --port 65536", "generate --num-samples 0", "train --restarts -1")),
+    *((argv.split(), 2, "exclude each other") for argv in (
+        "runs --csv a1 --json", "runs --reverse --csv a1", "generate --json --raw", "generate --interactive --json",
+        "generate --prompts x --prompt-file y", "generate --num-samples 2 --interactive")),
+    *((argv.split(), 2, f"has no effect without {needs}") for argv, needs in (
+        ("train --parallel", "--background"), ("resume --parallel", "--background"),
+        ("train --restarts 1", "--devices"), ("export --out x --public", "--push"),
+        ("generate --force", "--output"), ("evaluate --text-column x", "--data"))),
+    (["runs", "--csv", "nobody", "--no-json"], 3, "There is no run"),
     *((argv.split(), 3, "no home folder") for argv in (
         "init ~nobody-here/x", "train --config ~nobody-here/x.toml", "train --dataset ~nobody-here/x",
         "train --tokenizer ~nobody-here/x", "generate --prompt x --output ~nobody-here/x",

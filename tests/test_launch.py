@@ -132,6 +132,7 @@ import hashlib, os, sys, time
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from tests.test_launch import Run, event, locks, step, worker, workspace
 from pathlib import Path
+from llm_trainer.events import print_notes
 run, phase, rounds = Run(Path(sys.argv[2])), sys.argv[3], int(sys.argv[4])
 run.lock = locks.Lock(run.folder / "lock")
 run.lock.acquire(2)
@@ -146,14 +147,14 @@ def events(writer):
     yield event("saved", step=1, path="p", bytes=1, seconds=0.1)
     yield event("finished", status="stopped", code=None, message=None)
 
-sys.exit(worker.work(run, workspace.find(run.folder), events=events))
+sys.exit(worker.work(run, workspace.find(run.folder), print_notes, events))
 """
 
 
-def stand_in(space, phase, rounds=10**9):
+def stand_in(space, phase, rounds=10**9, **streams):
     run = create_run(space.runs, tiny().to_dict())
     process = subprocess.Popen([sys.executable, "-c", STAND_IN, str(ROOT), str(run.folder), phase, str(rounds)],
-                               preexec_fn=hears_signals)
+                               preexec_fn=hears_signals, **streams)
     until(lambda: (run.folder / "busy").exists())
     return run, process
 
@@ -166,10 +167,12 @@ def hears_signals():
 @pytest.mark.parametrize("phase", ["downloading", "tokenizing", "compiling"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_before_the_first_step_a_signal_ends_the_run_inside_a_long_c_call(space, phase, signum):
-    run, process = stand_in(space, phase)
+    run, process = stand_in(space, phase, stderr=subprocess.PIPE, text=True)
     process.send_signal(signum)
-    assert process.wait() == 128 + signum
-    assert run.status().status == "stopped" and "nothing to save" in run.state().reason["message"]
+    said = process.communicate()[1]
+    assert process.returncode == 128 + signum and said.endswith(f"Go on with it: llm-trainer resume {run.id}\n")
+    why = run.state().reason["message"]
+    assert run.status().status == "stopped" and "nothing to save" in why and why in said
     assert run.state().checkpoint_step is None
 
 

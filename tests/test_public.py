@@ -65,7 +65,8 @@ def test_start_outlives_the_caller(space):
 def test_what_cannot_be_meant_makes_no_run(space):
     before = sorted(run.id for run in lt.list_runs())
     for error, act in ((ConfigError, lambda: lt.load_config("tiny", n_layers=2)),
-                       (ConfigError, lambda: lt.train("nosuch")), (UsageError, lambda: lt.start("tiny", name="first")),
+                       (ConfigError, lambda: lt.train("nosuch")), (ConfigError, lambda: lt.load_config(5)),
+                       (ConfigError, lambda: lt.start(5)), (UsageError, lambda: lt.start("tiny", name="first")),
                        (NotFoundError, lambda: lt.generate("nobody", "x"))):
         with pytest.raises(error): act()
     assert sorted(run.id for run in lt.list_runs()) == before

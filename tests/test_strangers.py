@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import full_pipe, program
-from test_launch import STAND_IN, ROOT, ended, event, stand_in, step, tiny, until  # noqa: F401
+from test_launch import STAND_IN, ROOT, ended, event, hears_signals, stand_in, step, tiny, until  # noqa: F401
 
 from llm_trainer import workspace
 from llm_trainer.cli import commands
 from llm_trainer.errors import BusyError, UsageError
 from llm_trainer.runs import launch, worker
-from llm_trainer.runs.run import Run, create_run, find_run
+from llm_trainer.runs.run import Run, create_run, find_run, list_runs
 from llm_trainer.runs.writer import RunWriter
 from llm_trainer.system import locks, process
 
@@ -133,6 +133,21 @@ def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa:
     os.close(read)
 
 
+@pytest.mark.parametrize("then, code, says", [("hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)", 130, "interrupted"),
+                                              ("time.sleep(60)", 0, "")], ids=["a long C call", "it goes on"])
+def test_ctrl_c_ends_what_does_not_hear_it_and_nothing_else(then, code, says):
+    words = ("import hashlib, threading, time; from llm_trainer.cli import viewer; viewer.let_go()\n"
+             "threading.Timer(0.5, print, ['it has begun'], dict(flush=True)).start()\n"
+             "try: {}\nexcept KeyboardInterrupt: time.sleep(3)")
+    with subprocess.Popen([sys.executable, "-c", words.format(then)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, preexec_fn=hears_signals, env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:
+        try:
+            child.stdout.readline()
+            child.send_signal(signal.SIGINT)
+            assert child.wait(60) == code and says in child.stderr.read()
+        finally: child.kill()
+
+
 def test_a_prompt_from_a_pipe_is_waited_for_aloud_and_one_without_end_is_refused(space):  # noqa: F811
     os.mkfifo(space.root / "pipe")
     words = [sys.executable, "-m", "llm_trainer", "generate", "x", "--prompt-file"]
@@ -215,6 +230,23 @@ def test_a_run_that_got_another_name_is_not_begun_again(space):  # noqa: F811
     assert moved.status().reason["code"] == "moved" and advice in moved.status().reason["message"]
     with pytest.raises(UsageError) as refused: launch.plan_resume(moved, space)
     assert advice in str(refused.value)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_folder_goes_back_to_its_name_by_the_command_of_the_message_and_a_copy_into_none(space, copied):  # noqa: F811
+    run = create_run(space.runs, tiny().to_dict(), name="one")
+    shutil.copytree(run.folder, space.runs / "copy")
+    if not copied:
+        shutil.rmtree(run.folder)
+        (run.folder / "full").mkdir(parents=True)
+    said = program(space, "resume", "copy")
+    assert said.returncode == 2 and ("It is a copy" in said.stderr) == copied
+    if copied:
+        *_, remove = said.stderr.splitlines()
+        assert program(space, *remove.partition("llm-trainer ")[2].split(), "--yes").returncode == 0
+    else: subprocess.run(["sh", "-c", said.stderr.partition("name: ")[2].partition("\n")[0]], check=True)
+    assert [found.id for found in list_runs(space.runs)] == ["one"] and not (run.folder / "copy").exists()
+    assert launch.plan_resume(find_run(space.runs, "one"), space).from_step == 0
 
 
 def test_a_run_whose_lock_is_removed_goes_on_and_keeps_others_out(space):  # noqa: F811
@@ -372,6 +404,26 @@ def test_what_belongs_to_another_user_is_said_to():
             said = program(space, *words, code=code)
             assert said.returncode == 1 and "permission denied" in said.stderr.lower(), said
             assert "Remove" not in said.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("words, closed", [(["train", "--config", "tiny"], ""), (["resume", "mine"], "mine"),
+                                           (["train", "--config", "tiny", "--background"], ""), (["init"], "")])
+def test_a_run_that_could_never_be_saved_is_not_begun(words, closed):
+    code = ("import os, sys; os.setgid(54321); os.setuid(54321)\n"
+            "from llm_trainer.cli.commands import main; sys.exit(main())")
+    with tempfile.TemporaryDirectory() as root:
+        space = workspace.init(root)
+        create_run(space.runs, tiny().to_dict(), name="mine")
+        for at, _, names in os.walk(root):
+            for path in [at, *(os.path.join(at, name) for name in names)]: os.chown(path, 54321, 54321)
+        os.makedirs(space.checkpoints / closed, exist_ok=True)
+        os.chown(space.checkpoints / closed, 0, 0)
+        before = {str(path) for path in space.root.rglob("*") if ".locks" not in str(path)}
+        said = program(space, *words, code=code)
+        assert said.returncode in (1, 2) and f"in {space.checkpoints / closed}: Permission denied" in said.stderr
+        assert {str(path) for path in space.root.rglob("*") if ".locks" not in str(path)} == before
+        assert find_run(space.runs, "mine").attempts() == []
 
 
 def test_a_lock_that_another_process_keeps_too_long_costs_an_index_not_the_training(tmp_path, monkeypatch):

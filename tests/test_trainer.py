@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from llm_trainer.data.batches import Stream, Windows, val_batches
-from llm_trainer.training.checkpoint import SavedInfo
+from llm_trainer.training.checkpoint import SavedInfo, SaveFailed
 from llm_trainer.config import load_config
 from llm_trainer.device import resolve, seed_everything
 from llm_trainer.model.transformer import GPT
@@ -70,7 +70,7 @@ def test_a_save_that_failed_is_tried_again_before_the_end(end):
     t, tries = trainer(steps=50, eval_every=2, patience=2 * (end == "patience")), []
     def save(trainer):
         tries.append(trainer.state.step)
-        if len(tries) == 1: raise OSError(28, "No space left on device")
+        if len(tries) == 1: raise SaveFailed("The disk is full.", "one", 28)
         return SavedInfo(Path("x"), 1, 0.1)
     t.save_to = save
     if end == "patience": t.state.best_val_loss, t.state.evaluations_since_best = 0.0, 1
@@ -78,6 +78,8 @@ def test_a_save_that_failed_is_tried_again_before_the_end(end):
     *events, last = t
     assert tries == [2, 2] and [e.step for e in events if e.kind == "saved"] == [2]
     assert last.status == {"stop": "stopped", "patience": "completed"}[end]
+    told = [e.message for e in events if e.kind == "note"]
+    assert told == ["Training goes on without a checkpoint: The disk is full."]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on():

@@ -15,13 +15,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from llm_trainer import __version__, workspace
 from llm_trainer.cli import render
 from llm_trainer.errors import BusyError, LLMTrainerError, NotFoundError, UsageError
 from llm_trainer.events import print_notes
-from llm_trainer.cli.parser import Flag, FrontEnd, docments
+from llm_trainer.cli.parser import Flag, From, FrontEnd, alone, docments
 from llm_trainer.runs.resolve import is_folder, resolve_inputs, weights
 from llm_trainer.system.files import deliver
 from llm_trainer.terminal import clean, size
@@ -139,12 +139,11 @@ def prepare(
     *,
     # Flags
     config: str | None = None,  # NAME|PATH: Profile (default: the one in settings.ini)
-    show: int = 0,  # Print this many documents, their tokens in colour, and how long all documents are
+    show: Annotated[int, From(0)] = 0,  # Print so many documents, their tokens in colour, and how long all are
     json: bool = False,  # Print one JSON object
     **knobs,
 ):
     "Fetch the text and make tokens of it, without training"
-    if show < 0: raise UsageError(f"--show takes a whole number from 0, not {show}.")
     space = workspace.find()
     settings = _config(space, config, knobs)
     from llm_trainer.cli import progress
@@ -174,7 +173,7 @@ def train(
     background: bool = False,  # Return at once; the run outlives this shell
     parallel: bool = False,  # With --background: don't queue behind the run that uses the device
     devices: str | None = None,  # N|auto|0,2: How many devices train together, or which (default: one)
-    restarts: int = 0,  # With several devices: go on by itself up to N times after one was lost
+    restarts: Annotated[int, From(0)] = 0,  # With --devices: go on by itself up to N times after one was lost
     log_to: str | None = None,  # NAMES: Also log to tensorboard, wandb, trackio or mlflow, from a process of its own
     dry_run: bool = False,  # Show config, size, memory and time; create nothing
     within: int | None = None,  # MINUTES: Say how long it will take, and shorten it to this where it is longer
@@ -288,7 +287,7 @@ def resume(
     background: bool = False,  # Return at once; the run outlives this shell
     parallel: bool = False,  # With --background: don't queue behind the run that uses the device
     devices: str | None = None,  # N|auto|0,2: How many devices train together, or which (default: as before)
-    restarts: int = 0,  # With several devices: go on by itself up to N times after one was lost
+    restarts: Annotated[int, From(0)] = 0,  # With several devices: go on by itself up to N times after one was lost
     log_to: str | None = None,  # NAMES: Also log to tensorboard, wandb, trackio or mlflow, from a process of its own
     dry_run: bool = False,  # Show the plan; change nothing
     json: bool = False,  # Print one JSON object
@@ -411,6 +410,7 @@ def status(
     print(render.card(state, found.meta, found.log_tail(8), how, found.notes()))
 
 
+@alone(csv="sort reverse filter json")
 def runs(
     *,
     sort: str | None = None,  # FIELD: Smallest first: val_loss, tokens_per_second, lr … (default: newest first)
@@ -445,8 +445,8 @@ def plot(
     what: Literal[DRAWN] = "loss",  # What is drawn
     against: Literal["step", "tokens", "time"] = "step",  # What it is drawn against; time is time in training
     log: bool = False,  # Logarithmic scale
-    height: int = 20,  # Lines of the picture
-    width: int | None = None,  # Columns of the picture (default: the terminal's)
+    height: Annotated[int, From(6, 100)] = 20,  # Lines of the picture
+    width: Annotated[int | None, From(30, 300)] = None,  # Columns of the picture (default: the terminal's)
     ascii: bool = False,  # Only ASCII (default where the terminal can't show more)
 ):
     "Draw the curves of a run in the terminal"
@@ -457,14 +457,14 @@ def plot(
     kinds = ("train", "val") if what == "loss" else ("val",) if what in ("perplexity", "bits_per_byte") else ("train",)
     names = {"train": "training", "val": "validation"} if what == "loss" else dict.fromkeys(kinds, found.id)
     curves = [curve(found.metrics(kind), what, names[kind], against, marks=kind == "val") for kind in kinds]
-    print(draw(curves, against, what.replace("_", " "), log, *_room(width, height), render.unicode_ok() and not ascii,
-               render.paint_curve))
+    print(draw(curves, against, what.replace("_", " "), log, width or _columns(), height,
+               render.unicode_ok() and not ascii, render.paint_curve))
 
 
-def _room(width: int | None, height: int) -> tuple[int, int]:
-    "Columns and lines of a picture"
+def _columns() -> int:
+    "How wide a picture may be"
     import shutil
-    return max(30, min(300, width or shutil.get_terminal_size((80, 24)).columns - 1)), max(6, min(100, height))
+    return max(30, min(300, shutil.get_terminal_size((80, 24)).columns - 1))
 
 
 def compare(
@@ -482,7 +482,7 @@ def compare(
     if json: return print(render.as_json(found))
     print(render.side_by_side(found))
     if found["measure"] != "loss": render.say("", "Their tokenizers differ, so only bits per byte can be compared.")
-    print("", draw(curves, against, f"validation {found['measure'].replace('_', ' ')}", False, *_room(None, 16),
+    print("", draw(curves, against, f"validation {found['measure'].replace('_', ' ')}", False, _columns(), 16,
                    render.unicode_ok(), render.paint_curve), sep="\n")
 
 
@@ -531,12 +531,12 @@ def logs(
     run: str | None = None,  # Run, or the unique beginning of its id (default: the newest)
     *,
     follow: bool = False,  # Go on printing until the run ends
-    lines: int = 200,  # How many of the last lines
+    lines: Annotated[int, From(0)] = 200,  # How many of the last lines
 ):
     "Print the log of a run"
     found = _run(run)
     found.require("train.log")
-    for text in found.log_tail(max(0, lines)): render.say(text.rstrip("\n"))
+    for text in found.log_tail(lines): render.say(text.rstrip("\n"))
     if follow:
         from llm_trainer.cli import progress
         progress.log(found)
@@ -576,6 +576,8 @@ def watch(
 # Use -----------------------------------------------------------------------------------------------------------------
 
 @_knobs(_sampling_flags)
+@alone(interactive="prompt prompt_file prompts json output num_samples raw", prompts="prompt prompt_file",
+       prompt_file="prompt", json="raw")
 def generate(
     run: str | None = None,  # RUN|FOLDER: Run, or a Hugging Face model folder (default: the newest run)
     *,
@@ -585,13 +587,13 @@ def generate(
     prompts: Path | None = None,  # FILE: JSONL of many prompts, done in batches
     interactive: bool = False,  # Talk to the model: prompts, /set KNOB VALUE, /help
     # How much
-    num_samples: int = 1,  # How many texts
+    num_samples: Annotated[int, From(1)] = 1,  # How many texts
     # Model and output
     checkpoint: str | None = None,  # best|latest|STEP: Which checkpoint of the run (default: best)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto",  # Where to compute
     threads: int | None = None,  # CPU threads (default: as many as are fast now, measured)
     output: Path | None = None,  # FILE: Write the text here, unchanged
-    force: bool = False,  # Overwrite the file of --output
+    force: bool = False,  # With --output: overwrite its file
     raw: bool = False,  # Leave control bytes in a text that goes into a pipe
     json: bool = False,  # Print one JSON object: texts, tokens, log-probabilities, times
     **knobs,
@@ -599,7 +601,7 @@ def generate(
     "Continue a prompt with a trained model"
     from llm_trainer.cli import repl
     from llm_trainer.generation.sampling import Sampling
-    _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json, raw, output, force)
+    _check_generate(raw, output, force)
     if json and knobs.get("seed") is None:
         knobs["seed"] = secrets.randbelow(2**31)  # on record: a lucky text can be had again
     sampling = Sampling(**knobs, logprobs=json)
@@ -639,20 +641,12 @@ def _write_one(pieces, prompt: str, show_part):
     return text
 
 
-def _check_generate(prompt, prompt_file, prompts, interactive, num_samples, json, raw, output, force):
-    "Refuse what excludes each other, before anything is loaded"
-    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts,
-               "--interactive": interactive or None}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) > 1: raise UsageError(f"{' and '.join(given)} exclude each other; give one.")
-    if num_samples < 1: raise UsageError(f"--num-samples takes a whole number from 1, not {num_samples}.")
-    if interactive and (json or output):
-        raise UsageError("--interactive talks to a person; leave out --json and --output.")
+def _check_generate(raw, output, force):
+    "Refuse where a text can't go, before anything is loaded"
     if raw and sys.stdout.isatty() and output is None:
         raise UsageError("--raw would let a model command your terminal; pipe the text somewhere or use --output FILE.")
     if output is not None and not workspace.home(output).absolute().parent.is_dir():
         raise NotFoundError(f"The folder of --output {clean(output, '')} does not exist.")
-    if force and output is None: raise UsageError("--force overwrites the file of --output; there is none.")
     if output is not None and workspace.home(output).is_file() and not force:
         raise UsageError(f"--output {clean(output, '')} exists already. Overwrite it: --force")
     if output is not None and workspace.home(output).is_dir():
@@ -663,7 +657,7 @@ def evaluate(
     run: str | None = None,  # RUN|FOLDER: Run, or a Hugging Face model folder (default: the newest run)
     *,
     data: str | None = None,  # Another text to measure on, the whole of it (default: the run's validation text)
-    text_column: str | None = None,  # Column of --data that holds the text, where it is a table
+    text_column: str | None = None,  # With --data: its column that holds the text, where it is a table
     checkpoint: str | None = None,  # best|latest|STEP: Which checkpoint of the run (default: best)
     stride: int | None = None,  # Tokens between two windows (default: the context, so none overlap)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto",  # Where to compute
@@ -674,9 +668,6 @@ def evaluate(
     from llm_trainer.config import Config
     from llm_trainer.data.sources import first_look
     space, meta = workspace.find(), {} if is_folder(run) else _run(run).meta
-    if data is None and text_column is not None:
-        raise UsageError("--text-column says which column of --data is the text.\nName the table, too: --data "
-                         "FILE.jsonl")
     if data is not None: first_look(Config().replace(dataset=data, text_column=text_column).data, space.data)
     weights(run, checkpoint, need=(), emit=print_notes)  # what is missing is refused before torch is loaded
     from llm_trainer.training.evaluate import measure
@@ -774,13 +765,13 @@ def serve(
     *,
     # Who may use it
     host: str = "127.0.0.1",  # HOST: Address to answer at; 0.0.0.0 for everyone who reaches this machine
-    port: int = 8000,  # Port to answer at; 0 takes any free one
+    port: Annotated[int, From(0, 65535)] = 8000,  # Port to answer at; 0 takes any free one
     api_key: str | None = None,  # KEY: What clients must send (default: $LLM_TRAINER_API_KEY, else nothing)
     # Model
     checkpoint: str | None = None,  # best|latest|STEP: Which checkpoint of the run (default: best)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto",  # Where to compute
-    rows: int = 32,  # Texts written at the same time
-    queue: int = 256,  # Texts that may wait; more are refused
+    rows: Annotated[int, From(1, 1024)] = 32,  # Texts written at the same time
+    queue: Annotated[int, From(1, 1_000_000)] = 256,  # Texts that may wait; more are refused
     json: bool = False,  # Print one JSON object once it answers
 ):
     """Answer OpenAI's clients with a trained model, until Ctrl-C
@@ -789,9 +780,6 @@ def serve(
     and the run's id as the model. A key given in the environment is not seen in ps.
     """
     import os
-    for name, value, low, high in (("port", port, 0, 65535), ("rows", rows, 1, 1024), ("queue", queue, 1, 1_000_000)):
-        if not low <= value <= high:
-            raise UsageError(f"--{name} takes a whole number from {low} to {high:,}, not {value}.")
     key = os.environ.get("LLM_TRAINER_API_KEY") or None if api_key is None else api_key
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
         raise UsageError("--api-key takes letters, digits and signs of ASCII.")

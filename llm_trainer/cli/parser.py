@@ -78,6 +78,24 @@ def convert(text: str, kind) -> object:
     raise ValueError(", or ".join(said) or "text")
 
 
+class From:
+    """The bounds of a number, in its annotation: `Annotated[int, From(1, 100)]`."""
+
+    def __init__(self, low: int, high: int | None = None):
+        self.low, self.high = low, high
+
+    def __contains__(self, value) -> bool: return self.low <= value <= (math.inf if self.high is None else self.high)
+    def __str__(self) -> str: return f"from {self.low}" + (f" to {self.high:,}" if self.high is not None else "")
+
+
+def alone(**others: str):
+    "Says of a command which flags (words) take the place of the one named, which would have no effect beside them"
+    def give(function):
+        function.alone = {name: words.split() for name, words in others.items()}
+        return function
+    return give
+
+
 # Commands and their flags --------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -101,6 +119,8 @@ class Flag:
     def repeats(self) -> bool: return any(typing.get_origin(m) is list for m in members(self.kind))
     @property
     def takes_number(self) -> bool: return bool({int, float} & set(members(self.kind)))
+    @property
+    def bounds(self) -> From | None: return next((m for m in typing.get_args(self.kind) if isinstance(m, From)), None)
     @property
     def spelling(self) -> str: return f"--{self.name}" if self.note else f"--{self.name.replace('_', '-')}"
 
@@ -138,7 +158,8 @@ class Command:
     @cached_property
     def flags(self) -> dict[str, Flag]:
         "Every flag by its parameter's name; those of `function.knobs` (a callable) stand for its `**kwargs`"
-        kinds, described, found = typing.get_type_hints(self.function), docments(self.function), {}
+        kinds, described = typing.get_type_hints(self.function, include_extras=True), docments(self.function)
+        found: dict[str, Flag] = {}
         for p in inspect.signature(self.function).parameters.values():
             if p.kind is p.VAR_KEYWORD: continue
             group, metavar, text = described.get(p.name, ("", "", ""))
@@ -220,6 +241,7 @@ class FrontEnd:
             else: self._read_flag(command, word, words, values)
         self._place(command, loose, values)
         self._check_required(command, values)
+        self._check_pairs(command, values)
         return command, values
 
     def _fault(self, command: Command, text: str) -> UsageError:
@@ -255,12 +277,14 @@ class FrontEnd:
         else: values[flag.name] = value
 
     def _value(self, command: Command, flag: Flag, text: str):
-        try: return convert(text, flag.kind)
+        try: value = convert(text, flag.kind)
         except ValueError as error:
             label = flag.name.upper() if flag.positional else flag.spelling
             close = nearest(text, choices(flag.kind)) if choices(flag.kind) else []
             said = f" Did you mean {_or(close)}?" if close else ""
             raise self._fault(command, f"{label} takes {error}, not {shown(text)}.{said}") from None
+        if flag.bounds is None or value is None or value in flag.bounds: return value
+        raise self._fault(command, f"{flag.spelling} takes a whole number {flag.bounds}, not {value}.")
 
     def _unknown(self, command: Command, word: str) -> str:
         "The message for a flag that `command` does not have"
@@ -298,6 +322,18 @@ class FrontEnd:
                 label = flag.name.upper() if flag.positional else flag.spelling
                 raise UsageError(f"{command.name} needs {label}: {flag.description or flag.placeholder()}.\n"
                                  f"Usage: {self.usage(command)}")
+
+    def _check_pairs(self, command: Command, values: dict):
+        "No flag is passed over in silence: neither without the one it is said to be with, nor beside one that rules"
+        flags = command.flags
+        given = [flags[name] for name in flags if name in values and values[name] != flags[name].default]
+        for flag in given:
+            needed = re.match(r"With (--[\w-]+)", flag.description)
+            if needed and command.find(needed[1][2:])[0] not in given:
+                raise self._fault(command, f"{flag.spelling} has no effect without {needed[1]}.")
+            for other in given:
+                if other.name in getattr(command.function, "alone", {}).get(flag.name, ()):
+                    raise self._fault(command, f"{flag.spelling} and {other.spelling} exclude each other; give one.")
 
     # -- running
 

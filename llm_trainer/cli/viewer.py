@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 MOST = 1 << 20  # characters that wait for a slow reader; what comes after is dropped
 PATIENCE = 1.0  # seconds that the last words may take
@@ -90,22 +90,45 @@ def takes(fd: int) -> bool:
     except (OSError, ValueError): return True
 
 
-def let_go(seconds: float = 2.0) -> None:
-    """Ctrl-C ends a command whose output nobody takes, too: what it still says goes nowhere, and what doesn't come back
-    from writing is ended after `seconds`"""
+def let_go(seconds: float = 1.5) -> None:
+    """Ctrl-C ends a command at any time. What it still says where nobody takes its output goes nowhere; what doesn't
+    come back from writing, or from a long call of a library, is ended after `seconds`"""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler: return
+    heard = 0.0
+
     def interrupted(signum, frame):
+        nonlocal heard
+        heard = time.monotonic()
         stuck = [fd for fd in (1, 2) if not takes(fd)]
         if stuck:
             null = os.open(os.devnull, os.O_WRONLY)
             for fd in stuck: os.dup2(null, fd)
             gone_within(seconds, 128 + signum)
         raise KeyboardInterrupt
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, interrupted)
+
+    def listen(pipe: int):
+        while signals := os.read(pipe, 64):
+            if signal.SIGINT not in signals or signal.getsignal(signal.SIGINT) is not interrupted: continue
+            since = time.monotonic() - 0.1  # several at once may be heard as one
+            gone_within(seconds, 128 + signal.SIGINT, lambda since=since: heard < since, "interrupted.")
+
+    signal.signal(signal.SIGINT, interrupted)
+    with suppress(OSError, RuntimeError):  # descriptors or threads are short: the command says so
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        threading.Thread(target=listen, args=[read], name="ctrl-c", daemon=True).start()
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written to also inside a long C call
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
-def gone_within(seconds: float, code: int) -> None:
-    "What a library still does when the process ends may never come to its end"
-    timer = threading.Timer(seconds, os._exit, [code])
+def gone_within(seconds: float, code: int, still: Callable[[], bool] = lambda: True, word: str = "") -> None:
+    "Ends the process if it is there then and `still` says so: what a library does may never come to its end"
+    def end():
+        if not still(): return
+        try:
+            if word and takes(2): os.write(2, f"llm-trainer: {word}\n".encode())
+        finally: os._exit(code)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
 

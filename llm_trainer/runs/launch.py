@@ -26,7 +26,7 @@ from llm_trainer.terminal import duration
 from llm_trainer.runs.queue import Queue, choose_devices, kind_of
 from llm_trainer.runs.run import RUN_ID, Run, check_id, create_run, is_run, sweep
 from llm_trainer.runs.state import GONE, HEARD, TERMINAL, State, is_elsewhere, unheard
-from llm_trainer.workspace import Workspace
+from llm_trainer.workspace import Workspace, refusal
 
 LR_PLANS = ("redecay", "hold", "rewarm")
 
@@ -52,12 +52,21 @@ def start(
         raise UsageError(f"{space.checkpoints / name} holds checkpoints of an earlier run {name}.\n"
                          "Remove that folder, or choose another name.")
     taken = take_devices(devices, config, space.runs)
+    _require_place(space, space.checkpoints)
     run = create_run(space.runs, config, name, argv, note, locked=True)
     failpoints.hit("lock.taken")
     training = config.get("training", {})
     return _go(run, space, background, parallel, from_step=0, target_epochs=training.get("epochs"), changed={},
                target_steps=training.get("max_steps") or None, lr_plan=None, argv=argv, restarts=restarts,
                **_team(taken, config, torchrun))
+
+
+def _require_place(space: Workspace, folder: Path) -> None:
+    "CheckpointError where no checkpoint of a run could be saved: better told now than after its steps"
+    Checkpoints(folder, "a run").steps()
+    if why := refusal(folder):
+        raise CheckpointError(f"No checkpoint could be saved, so nothing is trained: {why}.\nMake that folder "
+                              f"writable, or name another as `checkpoints` in {space.root / 'settings.ini'}")
 
 
 def take_devices(
@@ -315,8 +324,14 @@ def plan_resume(
 def renamed(run: Run, name: str) -> str:
     "What to do about a run whose folder got another name than its checkpoints have"
     home = run.folder.with_name(name)
-    return (f"Its checkpoints are those of {name}; give it back that name: mv {shlex.quote(str(run.folder))} "
-            f"{shlex.quote(str(home))}\nThen: llm-trainer resume {name}")
+    if is_run(home): return (f"It is a copy: {name} is there too, and the checkpoints are its own.\n"
+                             f"Go on with that: llm-trainer resume {name}\n"
+                             f"A new run from its weights: llm-trainer train --init-from {name}\n"
+                             f"Remove the copy: llm-trainer delete {run.id}")
+    there = shlex.quote(str(home))
+    aside = f"mv {there} {there}.away && " if os.path.lexists(home) else ""
+    return (f"Its checkpoints are those of {name}; give it back that name: {aside}mv {shlex.quote(str(run.folder))} "
+            f"{there}\nThen: llm-trainer resume {name}")
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -410,6 +425,7 @@ def resume(
         plan = plan_resume(run, space, more_epochs, lr_plan, checkpoint, changes, lambda message: None,
                            devices)  # the worker says it
         if plan.nothing_to_do: return Run(run.folder)
+        _require_place(space, space.checkpoints / ("" if plan.fork else run.id))
         if plan.fork:
             meta = run.meta
             inherited = {k: meta[k] for k in ("data", "tokenizer_hash", "vocab_size", "resolution", "world_size")

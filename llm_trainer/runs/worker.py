@@ -340,9 +340,11 @@ class Watch:
         self.show(Stopping(reason))
 
     def _leave(self, ended: Finished, exit_code: int) -> None:
+        run = self.writer.run.id
+        go_on = f"\nGo on with it: llm-trainer resume {run}" if ended.status == "stopped" else ""
         try:
             self.writer.finish(ended.status, ended.code, ended.message)
-            self.show(ended)
+            self.show(Note(f"Run {run} is {ended.status}: {ended.message}{go_on}"))  # nobody comes to say more
         finally: leave(exit_code)
 
 

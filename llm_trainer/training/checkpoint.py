@@ -283,7 +283,9 @@ class SavedSteps(StepFolders):
         if val_loss is not None and math.isfinite(val_loss): more["val_loss"] = float(val_loss)
         self._unwritten = {**self._unwritten, step: {**self._unwritten.get(step, {}), **more}}
         try: self._update()
-        except OSError as e: self.emit(Note(f"{self.folder / 'index.json'} could not be written: {e.strerror or e}."))
+        except OSError as e:
+            if not self.folder.is_dir(): return # nothing was ever saved, as was said
+            self.emit(Note(f"{self.folder / 'index.json'} could not be written: {e.strerror or e}."))
 
     def pin(self, step:int, name:str="user") -> None:
         "Keep a step for good, under a name of yours"
@@ -378,8 +380,9 @@ class Checkpoints(SavedSteps):
         except BaseException as e:
             self.sweep()
             if not isinstance(e, OSError) or isinstance(e, SaveFailed): raise
-            raise SaveFailed(f"Step {step} could not be saved in {self.folder}: {e.strerror or e}. Earlier checkpoints "
-                             "are intact.", self.run_id, e.errno) from e
+            rest = "Earlier checkpoints are intact" if any(folder.glob("step-*")) else "Nothing is saved so far"
+            raise SaveFailed(f"Step {step} could not be saved in {self.folder}: {e.strerror or e}. {rest}.",
+                             self.run_id, e.errno) from e
         self.record(step, val_loss, verified_at=_now())
         prune(self, step)
         return SavedInfo(folder / step_name(step), total, time.perf_counter() - started)

@@ -257,7 +257,7 @@ def save_checkpoint(
         try: info = trainer.save_to(trainer)
         except OSError as e:
             if last: raise
-            yield Note(f"checkpoint of step {p.step} not saved: {e}; training goes on")
+            yield Note(f"Training goes on without a checkpoint: {str(e).partition(chr(10))[0]}")
         else:
             trainer.saved_step = p.step
             yield Saved(p.step, str(info.path), info.bytes, info.seconds)
