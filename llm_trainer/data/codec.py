@@ -182,11 +182,11 @@ def _around(backend:Backend, size:int) -> tuple[list[int], list[int]]:
     return before, after
 
 # %% ../../nbs/03_codec.ipynb #8f587423
-def _token_bytes(backend:Backend, size:int, spelled:bool) -> list[bytes]:
-    "What each token stands for, by its number; `spelled`: bytes are written <0xE6>, not in GPT-2's table"
+def _token_bytes(backend:Backend, ids:Iterable[int], spelled:bool) -> list[bytes]:
+    "What each of these tokens stands for; `spelled`: bytes are written <0xE6>, not in GPT-2's table"
     byte_of = {char: byte for byte, char in enumerate(BYTES)}
     added, table = backend.get_added_tokens_decoder(), []
-    for i in range(size):
+    for i in ids:
         token = backend.id_to_token(i)
         if token is None: table.append(b"")
         elif i in added: table.append(b"" if added[i].special else token.encode())
@@ -217,7 +217,8 @@ class Codec:
         "Refuse a tokenizer that loses a character, except as its normalizer says"
         same = self.backend.normalizer.normalize_str if self.backend.normalizer else str
         text = "".join([_PROBE, *(f" {t.content} " for t in self.backend.get_added_tokens_decoder().values())])
-        if lost := Counter(same(text)) - Counter(same(self.decode(self.encode(text)))): raise UsageError(
+        back = b"".join(_token_bytes(self.backend, self.encode(text), self.kind == "char")).decode("utf-8", "replace")
+        if lost := Counter(same(text)) - Counter(same(back)): raise UsageError(
             f"The tokenizer is not used: it loses {len(lost):,} of {len(set(text)):,} characters of a text, like "
             f"{', '.join(map(ascii, list(lost)[:8]))}.\nTrain one on your text: --tokenizer bpe")
 
@@ -261,7 +262,7 @@ class Codec:
         return self._marking if plain else None
 
     @cached_property
-    def _bytes(self) -> list[bytes]: return _token_bytes(self.backend, self.vocab_size, self.kind == "char")
+    def _bytes(self) -> list[bytes]: return _token_bytes(self.backend, range(self.vocab_size), self.kind == "char")
 
     def token_bytes(self, id:int) -> bytes:
         "The bytes that a token stands for; none for a special token"
