@@ -144,6 +144,19 @@ def test_what_would_read_other_tokens_is_refused(tmp_path, how, why):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("quantize, factor", [("f16", 1e-9), ("f16", 1e9), ("q8_0", 1e-9), ("q8_0", 1e9)])
+def test_numbers_that_a_format_cannot_hold_are_refused_by_the_tensors_name(tokenizers, tmp_path, quantize, factor,
+                                                                           recwarn):
+    folder, file = folder_of(tmp_path / "model", tokenizers["byte"], n_layer=1), tmp_path / "x.gguf"
+    model = load_model(folder)
+    with torch.no_grad(): model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(factor)
+    save_weights(model, folder, 0)
+    with pytest.raises(UsageError, match=f"blk.0.ffn_up.weight doesn't fit {quantize}"):
+        write_gguf(folder, file, quantize)
+    assert not file.exists() and not [w for w in recwarn if w.category is RuntimeWarning]
+    write_gguf(folder, file, "f32")
+
+
 def test_normalisation_is_said_and_really_missing(tmp_path):
     tokenizer, file = Tokenizer(imported(*cuts([SPLIT % "", "Bytes"]),
                                          normalizer=normalizers.NFC()).to_str()), tmp_path / "x.gguf"

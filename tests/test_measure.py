@@ -1,17 +1,19 @@
 """`evaluate`: every token once, and the same figures as Hugging Face."""
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from hearing import Heard
 from llm_trainer.config import ModelConfig
 from llm_trainer.events import silent
 from llm_trainer.errors import UsageError
 from llm_trainer.training.evaluate import measure, strided, words
 from llm_trainer.model.transformer import GPT
 from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer
-from llm_trainer.training.trainer import evaluate, token_lengths
+from llm_trainer.training.trainer import evaluate, metrics, token_lengths
 from llm_trainer.model.huggingface import load_model, save_weights
 from llm_trainer.workspace import init
 
@@ -79,6 +81,23 @@ def test_a_file_is_measured_whole(folder, tmp_path):
     assert found["words"] == 140 and found["split"] == "all"
     with pytest.raises(UsageError, match="--data"): measure(folder, init(tmp_path), {}, emit=silent)
     with pytest.raises(UsageError, match="--stride"): measure(folder, init(tmp_path), {}, "x", stride=33, emit=silent)
+
+
+@pytest.mark.parametrize("nats, found", [(2., math.exp(2)), (709., math.exp(709)), (800., math.inf),
+                                         (math.inf, math.inf), (math.nan, math.nan)])
+def test_a_perplexity_is_never_capped(nats, found):
+    assert metrics(nats, 0, 1, 0)["perplexity"] == pytest.approx(found, nan_ok=True)
+
+
+def test_figures_of_a_changed_text_are_said_to_be(folder, tmp_path):
+    from tokenizers import normalizers
+    shutil.copytree(folder, place := tmp_path / "model")
+    tokenizer, said = Tokenizer.load(folder), Heard()
+    tokenizer.backend.normalizer = normalizers.Lowercase()
+    (place / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    (tmp_path / "text.txt").write_text("The function RETURNS a list. " * 20)
+    measure(place, init(tmp_path), {}, str(tmp_path / "text.txt"), device="cpu", emit=said)
+    assert "changes a text before it reads it (Lowercase)" in said[0]
 
 
 def test_measuring_keeps_no_graph():

@@ -38,6 +38,7 @@ from llm_trainer.generation.filters import Sampling  # noqa: E402
 from llm_trainer.model.gguf import SPLIT  # noqa: E402
 from llm_trainer.model.huggingface import load_model, save_weights, write_config  # noqa: E402
 from llm_trainer.model.transformer import GPT  # noqa: E402
+from llm_trainer.runs.export import copy_folder  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 TOKENS = torch.arange(3, 60)[None]
@@ -150,6 +151,50 @@ def test_a_shorter_context_is_the_beginning_of_the_longer_one(kind, tmp_path):
     save_weights(short, tmp_path)
     assert load_model(tmp_path).config.seq_len == AutoConfig.from_pretrained(tmp_path).max_position_embeddings == 16
     with pytest.raises(UsageError, match="reads 16 tokens"): load_model(tmp_path, seq_len=17)
+
+
+@pytest.mark.parametrize("kind", BASE)
+def test_of_two_sets_of_weights_the_one_file_is_read_and_exported(kind, tmp_path):
+    "As Transformers does, whichever is newer"
+    model, folder = theirs(tmp_path / "model", BASE[kind]), tmp_path / "model"
+    for p in model.parameters(): torch.nn.init.normal_(p, 0, .3)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for file in (tmp_path / "shards").glob("model*"): shutil.copy(file, folder)
+    assert difference(folder, AutoModelForCausalLM.from_pretrained(folder).eval()) < 1e-4
+    copy_folder(folder, tmp_path / "out", "")
+    assert [p.name for p in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    assert difference(folder, model) < 1e-4
+    copy_folder(folder, tmp_path / "apart", "")
+    assert difference(tmp_path / "apart", model) < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", BASE)
+def test_a_weight_that_is_no_number_is_refused_by_its_name(kind, value, tmp_path):
+    theirs(tmp_path, BASE[kind])
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"): load_model(tmp_path)
+
+
+def test_a_null_says_nothing_and_a_number_that_makes_no_logit_is_refused(tmp_path):
+    model = theirs(tmp_path, BASE["qwen3"])
+    save_weights(load_model(tmp_path), tmp_path)  # says everything there is to say
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def read(**change):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        return load_model(tmp_path)
+    with torch.no_grad(): assert (read(rope_parameters=None)(TOKENS)[0] - model(TOKENS).logits).abs().max() < 1e-4
+    for name, value, words in [
+            ("head_dim", None, "doesn't describe a qwen3 model: head_dim is null$"),
+            ("rms_norm_eps", -1.0, "rms_norm_eps is -1.0"),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": -1e4}, "rope_theta is -10000.0"),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 0}, "rope_theta is 0")]:
+        with pytest.raises(UsageError, match=words): read(**{name: value})
 
 
 def test_quantized_weights_adapters_and_pickles_are_told_apart(tmp_path):

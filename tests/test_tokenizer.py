@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from tokenizers import AddedToken, normalizers
 
 from hearing import Heard
 from llm_trainer.data.builtin import documents, open_builtin
@@ -167,6 +168,56 @@ def tree(change):
 def test_a_damaged_tokenizer_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UsageError): Tokenizer.load(tmp_path)
+
+
+def bpe(alphabet=True, split=None, normalizer=None, added=(), **how):
+    "A tokenizer as the library makes them, with one thing that is not usual"
+    from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+    backend, on_bytes = Backend(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*[split] * bool(split), on_bytes])
+    backend.decoder = decoders.ByteLevel()
+    if normalizer: backend.normalizer = normalizer
+    backend.train_from_iterator(["the quick brown fox jumps, 東京 café"] * 9, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[EOT], show_progress=False,
+        initial_alphabet=on_bytes.alphabet() if alphabet else [], **how))
+    backend.add_tokens(list(added))
+    return backend.to_str()
+
+
+def split(pattern, **how):
+    from tokenizers import Regex, pre_tokenizers
+    return pre_tokenizers.Split(Regex(pattern), "removed", **how)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: bpe(alphabet=False), "loses .* characters of a text, like 'I'"),
+    (lambda: tree(lambda t: t["model"]["vocab"].pop("Q")), "loses 1 of .*, like 'Q'"),
+    (lambda: bpe(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
+    (lambda: bpe(continuing_subword_prefix="##"), "continuing_subword_prefix '##'"),
+    (lambda: bpe(split=split("🦊")), r"pre_tokenizer \(Split\) takes out"),
+    (lambda: bpe(split=split(r"[\w\s]+", invert=True)), "loses .*, like \"'\""),
+    (lambda: bpe(added=["é"]), r"like '\\u9019'"),  # takes the number of the byte that GPT-2's table writes so
+    (lambda: bpe(added=[AddedToken("<tool>", lstrip=True, special=False)]), "loses 1 of .*, like ' '")])
+def test_a_tokenizer_that_loses_characters_is_refused_by_their_names(make, words, tmp_path, capfd):
+    (tmp_path / "tokenizer.json").write_text(make())
+    capfd.readouterr()
+    with pytest.raises(UsageError, match=words): Tokenizer.load(tmp_path)
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how, changes", [
+    (dict(split=split(r"\p{L}+|\P{L}+", invert=True)), None), (dict(added=["<tool>", "  ", "õ"]), None),
+    (dict(normalizer=normalizers.NFC()), "NFC"),
+    (dict(normalizer=normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])),
+     "Lowercase, NFKD, StripAccents")])
+def test_what_a_tokenizer_says_it_changes_is_no_loss(how, changes):
+    assert Tokenizer(bpe(**how)).changes == changes
+
+
+def test_no_token_is_drawn_at_random():
+    drawn = Tokenizer(tree(lambda t: t["model"].update(dropout=0.5)))
+    assert {tuple(f(CORPUS[0])) for f in (drawn.encode, drawn.encode_marked) for _ in range(5)} == {
+        tuple(TOKENIZERS["bpe"].encode(CORPUS[0]))}
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):

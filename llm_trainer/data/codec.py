@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def _nodes(tree):
         if isinstance(node, (dict, list)): todo.extend(node.values() if isinstance(node, dict) else node)
 
 
+def _taking(model:dict, cutting) -> Iterator[str]:
+    "Whatever of a tokenizer.json takes something from a text, or adds something to its words, that doesn't come back"
+    for mark in "continuing_subword_prefix", "end_of_word_suffix":
+        if model.get(mark): yield f"it writes a mark into words that stays there ({mark} {model[mark]!r:.40})"
+    for step in _nodes(cutting):
+        if step.get("type") == "CharDelimiterSplit" or step.get("behavior") == "Removed" and not step.get("invert"):
+            yield f"its pre_tokenizer ({step.get('type')!s:.40}) takes out of a text what it cuts it at"
+
+
 def parsed(
     text:str, # What a tokenizer.json holds
     name # What it is called in a refusal
@@ -135,10 +145,14 @@ def parsed(
     patterns = [node["Regex"] for node in _nodes({k: v for k, v in tree.items() if k != "model"}) if "Regex" in node]
     if any(not isinstance(p, str) or len(p) > 2000 for p in patterns):
         raise UsageError(f"{name} is not used: it has a regular expression that is too long.")
+    if odd := next(_taking(model, tree.get("pre_tokenizer")), None):
+        raise UsageError(f"{name} is not used: {odd}.\nTrain one on your text: --tokenizer bpe")
     return {**tree, "added_tokens": added}
 
 # %% ../../nbs/03_codec.ipynb #73598581
 AROUND = 8  # tokens at most before and after a text
+_ALL = *range(0x300), *range(0x300, 0xD800, 41), *range(0xE000, 0x10000, 41), *range(0x10000, 0x110000, 0x8001)
+_PROBE = "It's 98765.4 km to  the\n\n  quick BROWN fox, e\u0301 'll x_y\tEnd" + "".join(map(chr, _ALL))  # every byte
 
 
 def _backend(text:str) -> Backend:
@@ -151,6 +165,7 @@ def _backend(text:str) -> Backend:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    backend.model.dropout = None
     return backend
 
 
@@ -167,11 +182,11 @@ def _around(backend:Backend, size:int) -> tuple[list[int], list[int]]:
     return before, after
 
 # %% ../../nbs/03_codec.ipynb #8f587423
-def _token_bytes(backend:Backend, size:int, spelled:bool) -> list[bytes]:
-    "What each token stands for, by its number; `spelled`: bytes are written <0xE6>, not in GPT-2's table"
+def _token_bytes(backend:Backend, ids:Iterable[int], spelled:bool) -> list[bytes]:
+    "What each of these tokens stands for; `spelled`: bytes are written <0xE6>, not in GPT-2's table"
     byte_of = {char: byte for byte, char in enumerate(BYTES)}
     added, table = backend.get_added_tokens_decoder(), []
-    for i in range(size):
+    for i in ids:
         token = backend.id_to_token(i)
         if token is None: table.append(b"")
         elif i in added: table.append(b"" if added[i].special else token.encode())
@@ -189,6 +204,7 @@ class Codec:
         self.backend = _backend(text)
         self.vocab_size = max(self.backend.get_vocab().values()) + 1
         self.before, self.after = _around(self.backend, self.vocab_size)
+        self._whole()
 
     @cached_property
     def kind(self) -> str:
@@ -196,6 +212,24 @@ class Codec:
         model = json.loads(self.json)["model"]
         if model["merges"]: return "bpe"
         return "char" if model.get("byte_fallback") else "byte"
+
+    def _whole(self):
+        "Refuse a tokenizer that loses a character, except as its normalizer says"
+        same = self.backend.normalizer.normalize_str if self.backend.normalizer else str
+        text = "".join([_PROBE, *(f" {t.content} " for t in self.backend.get_added_tokens_decoder().values())])
+        back = b"".join(_token_bytes(self.backend, self.encode(text), self.kind == "char")).decode("utf-8", "replace")
+        if lost := Counter(same(text)) - Counter(same(back)): raise UsageError(
+            f"The tokenizer is not used: it loses {len(lost):,} of {len(set(text)):,} characters of a text, like "
+            f"{', '.join(map(ascii, list(lost)[:8]))}.\nTrain one on your text: --tokenizer bpe")
+
+    @cached_property
+    def changes(self) -> str | None:
+        "What a tokenizer does to a text before it reads it, so that another one comes back; None: nothing"
+        tree = json.loads(self.json)
+        normal = {str(n.get("type")) for n in _nodes(tree.get("normalizer"))} - {"Sequence"}
+        blank = any(n.get("add_prefix_space") for n in _nodes(tree.get("pre_tokenizer")))
+        return None if self.decode(self.encode(_PROBE)) == _PROBE else \
+            ", ".join([*sorted(normal), *["a blank before it"] * blank])[:200]
 
     def encode(self, text:str) -> list[int]:
         "The token numbers of `text`; nothing is added, and `<|endoftext|>` in it is ordinary text"
@@ -228,7 +262,7 @@ class Codec:
         return self._marking if plain else None
 
     @cached_property
-    def _bytes(self) -> list[bytes]: return _token_bytes(self.backend, self.vocab_size, self.kind == "char")
+    def _bytes(self) -> list[bytes]: return _token_bytes(self.backend, range(self.vocab_size), self.kind == "char")
 
     def token_bytes(self, id:int) -> bytes:
         "The bytes that a token stands for; none for a special token"

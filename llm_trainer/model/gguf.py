@@ -183,8 +183,7 @@ def write_gguf(
                                int(np.prod(size)), formats[kind.upper()])
     try:
         for part in writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file: part()
-        for _, _, kind, values in tensors:
-            writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(values.float().numpy()), formats[kind.upper()]))
+        for key, _, kind, values in tensors: writer.write_tensor_data(_quantized(key, values, formats[kind.upper()]))
     except BaseException:
         Path(out).unlink(missing_ok=True)
         raise
@@ -198,6 +197,18 @@ def _library():
     except ImportError:
         raise UsageError("Writing a GGUF file needs the package gguf: pip install 'llm_trainer[gguf]'") from None
     return gguf
+
+
+def _quantized(key:str, values:torch.Tensor, kind) -> np.ndarray:
+    "A tensor in one of the formats; UsageError where its numbers are too large or too small for it"
+    gguf, source = _library(), np.ascontiguousarray(values.float().numpy())
+    with np.errstate(all="ignore"):
+        packed = gguf.quantize(source, kind)
+        most, off = (np.abs(t).max(initial=0) for t in (source, gguf.dequantize(packed, kind) - source))
+    if not off <= most / 64: raise UsageError(
+        f"{key} doesn't fit {kind.name.lower()}: its numbers (the largest is {most:.3g}) would become infinite, zero "
+        "or coarse.\nWrite them as they are: --quantize f32")
+    return packed
 
 
 def _write_keys(writer, model:GPT, tokenizer:Tokenizer, quantize:str, name:str):

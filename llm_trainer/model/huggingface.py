@@ -7,10 +7,11 @@ Docs: https://llm-trainer.github.io/llm_trainer/huggingface.html.md"""
 # %% auto #0
 __all__ = ['VOCABULARY', 'SHAPE', 'MORE', 'STATED', 'UNSAID', 'WINDOWS', 'IDLE', 'COUNTS', 'to_hf', 'from_hf', 'model_tensors',
            'whole', 'load_tensors', 'hf_config', 'write_config', 'write_index', 'save_weights', 'plain_config',
-           'model_from_config', 'load_model', 'weight_files', 'read_config']
+           'model_from_config', 'load_model', 'read_config']
 
 # %% ../../nbs/05c_huggingface.ipynb #3b119868
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..config import ModelConfig
-from ..data.pretrained import pickled
 from ..errors import CheckpointError, NotFoundError, UsageError
+from .safetensors import all_finite, weight_files
 from .transformer import GPT
 from ..system.files import load_json
 
@@ -166,12 +167,16 @@ def plain_config(
         if isinstance(n := config.get(name), int) and n > 1000:
             raise UsageError(f"This {kind} model says {name} = {n:,}, and at most 1,000 are read here")
     needed = {*SHAPE[kind].values(), *MORE[kind], *STATED[kind]}
-    if needed <= set(config) <= {*needed, *UNSAID, *IDLE} and type(config["tie_word_embeddings"]) is bool: return config
+    told = {name for name, value in config.items() if value is not None}
+    if needed <= told and set(config) <= {*needed, *UNSAID, *IDLE} and type(config["tie_word_embeddings"]) is bool:
+        return config
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import GPT2Config, Qwen3Config
     try: return (GPT2Config if kind == "gpt2" else Qwen3Config).from_dict(config).to_dict()
     except Exception as e: # its checks raise whatever they like
-        raise UsageError(f"config.json doesn't describe a {kind} model: {' '.join(str(e).split())[:300]}") from None
+        null = next((f"{name} is null" for name in sorted({*config} - told) if f"'{name}'" in str(e)), None)
+        why = null or " ".join(str(e).split())[:300]
+        raise UsageError(f"config.json doesn't describe a {kind} model: {why}") from None
 
 # %% ../../nbs/05c_huggingface.ipynb #7f278b6c
 def model_from_config(
@@ -189,7 +194,8 @@ def model_from_config(
     try:
         sizes = {ours: c[theirs] for ours, theirs in SHAPE[kind].items()}
         if sizes["n_hidden"] is None: sizes["n_hidden"] = 4 * sizes["n_embd"] # gpt2 leaves it out
-        if kind == "qwen3": more = dict(rope_theta=_rope_theta(c["rope_parameters"]), norm_eps=float(c["rms_norm_eps"]))
+        if kind == "qwen3": more = dict(rope_theta=_rope_theta(c["rope_parameters"]),
+                                        norm_eps=_number("rms_norm_eps", c["rms_norm_eps"], 0))
         if seq_len and seq_len > sizes["seq_len"]:
             raise ValueError(f"it reads {sizes['seq_len']:,} tokens, not {seq_len:,}")
         sizes |= dict(dropout=sizes["dropout"] if dropout is None else dropout, seq_len=seq_len or sizes["seq_len"])
@@ -205,9 +211,16 @@ def model_from_config(
 
 def _rope_theta(rope):
     "The base of the angles, where these are the plain ones"
+    if not isinstance(rope, dict): raise ValueError(f"rope_parameters is {rope!r:.40}, and it has to be an object")
     odd = {k: v for k, v in rope.items() if k != "rope_theta" and (k not in ("rope_type", "type") or v != "default")}
     if odd: raise ValueError(f"rope_parameters {odd} aren't supported")
-    return float(rope["rope_theta"])
+    return _number("rope_theta", rope["rope_theta"], 1e-30)
+
+def _number(name, value, least):
+    "A number of a config.json that leaves every logit a number"
+    if type(value) not in (int, float) or not least <= value < math.inf:
+        raise ValueError(f"{name} is {value!r:.40}, and it has to be a number from {least:g} on")
+    return float(value)
 
 # %% ../../nbs/05c_huggingface.ipynb #195c4305
 def load_model(
@@ -240,22 +253,6 @@ def load_model(
     return model.eval()
 
 # %% ../../nbs/05c_huggingface.ipynb #f3372bcd
-def weight_files(
-    folder:Path # A model folder
-)->list[Path]: # The safetensors files that hold its weights, all of them there
-    "model.safetensors, or the shards that its index names; an error that says what to do where there are none"
-    index = folder/"model.safetensors.index.json"
-    shards = read_config(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    if not isinstance(shards, dict): raise CheckpointError(f"{index} has no weight_map")
-    for file in sorted({str(file) for file in shards.values()}):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {file!r}, which is no shard beside it")
-        if not (folder/file).is_file():
-            if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-                raise UsageError(pickled(str(folder), folder.name))
-            raise NotFoundError(f"{folder} has no {file}")
-    return sorted({folder/str(file) for file in shards.values()})
-
 def _name(model, key):
     "The parameter that a file calls `key`; None for the masks that old GPT-2 files hold"
     if key.endswith((".attn.bias", ".attn.masked_bias")): return None
@@ -272,7 +269,12 @@ def _fill(model, todo, name, found, where, positions, values):
     if want != found.get_shape(): raise CheckpointError(f"{where} is {found.get_shape()}; config.json asks for {want}")
     if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
         raise UsageError(f"{where} is {found.get_dtype()}: quantized weights are not read here, only whole ones")
-    if values: setattr(model.get_submodule(owner), last, torch.nn.Parameter(from_hf(model, name, found[:rows]).float()))
+    if not values: return
+    read = from_hf(model, name, found[:rows]).float()
+    if not all_finite({name: read}): raise CheckpointError(
+        f"{where} holds NaN or infinity, so whatever the model computes would be none, too: it came apart in training, "
+        "or its file is damaged.\nTake an earlier checkpoint of it, or get the folder anew.")
+    setattr(model.get_submodule(owner), last, torch.nn.Parameter(read))
 
 def read_config(path:Path)->dict:
     "The JSON object in the file `path` of a model folder"

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_trainer.config import Config, differences
-from llm_trainer.data.pretrained import PICKLES, TEMPLATES, pickled
+from llm_trainer.data.pretrained import TEMPLATES
 from llm_trainer.errors import LLMTrainerError, NotFoundError, UsageError
+from llm_trainer.model.safetensors import weight_files
 from llm_trainer.runs.run import Run
 from llm_trainer.system.files import read_json, remove
 from llm_trainer.terminal import clean, count
 
 STAYS = ("state", "manifest.json")  # what of a checkpoint only this program reads
-READ = (".safetensors", ".json", ".jinja", ".txt")  # what of a model folder anyone reads: no pickles, no code
+READ = (".json", ".jinja", ".txt")  # what of a model folder anyone reads beside its weights: no pickles, no code
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -76,12 +77,11 @@ def copy_folder(
     card: str,  # Becomes README.md
 ) -> None:
     "Copy the files of a model, without what is only of use for resuming"
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in READ and f.name not in STAYS and f.is_file()]
-    if not any(f.suffix == ".safetensors" for f in files):
-        if any(f.suffix in PICKLES for f in folder.iterdir()): raise UsageError(pickled(str(folder), folder.name))
-        raise NotFoundError(f"{clean(str(folder), '')} holds no model.safetensors.")
+    weights = weight_files(folder)
+    stays = (*STAYS, f"{weights[0].name}.index.json")  # of shards that are left behind, where one file is the model
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in READ and f.name not in stays and f.is_file()]
     target.mkdir()
-    files += sorted((folder / TEMPLATES).glob("*.jinja"))
+    files += [*weights, *sorted((folder / TEMPLATES).glob("*.jinja"))]
     for file in files:
         (target / file.relative_to(folder)).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.relative_to(folder))

@@ -1,7 +1,6 @@
 """How good a model is on a text: loss, perplexity per token and per word, bits per byte. Knows nothing of training."""
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from llm_trainer.device import choose_device
 from llm_trainer.errors import DataError, UsageError
 from llm_trainer.data.tokenizer import Tokenizer
 from llm_trainer.training.recipe import reopen_data
-from llm_trainer.events import Emit, Progress, print_notes
+from llm_trainer.events import Emit, Note, Progress, print_notes
 from llm_trainer.generation.sampler import choose_threads
-from llm_trainer.training.trainer import evaluate, token_lengths
+from llm_trainer.terminal import clean
+from llm_trainer.training.trainer import evaluate, metrics, token_lengths
 from llm_trainer.model.huggingface import load_model
 from llm_trainer.workspace import Workspace
 
@@ -72,6 +72,9 @@ def measure(
 ) -> dict:
     "The figures of one model on one text, and what they were taken with"
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    if tokenizer.changes:
+        emit(Note(f"The tokenizer changes a text before it reads it ({clean(tokenizer.changes, '')}); what is measured "
+                  "is the changed text."))
     context = model.config.seq_len
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
@@ -103,7 +106,7 @@ def measure(
     found = evaluate(model.to(where), batches(), token_lengths(tokenizer), where)
     n_words = sum(words(text, tokenizer) for text in texts)
     return {"data": str(name), "split": split, "loss": found["loss"], "perplexity": found["perplexity"],
-            "word_perplexity": math.exp(min(700, found["nats"] / max(1, n_words))),
+            "word_perplexity": metrics(found["nats"], 0, n_words, 0)["perplexity"],
             "bits_per_byte": found["bits_per_byte"], "tokens": found["tokens"], "words": n_words,
             "bytes": found["bytes"], "context": context, "stride": stride,
             "device": where.type, **({"threads": threads} if where.type == "cpu" else {}),

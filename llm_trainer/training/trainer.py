@@ -41,7 +41,8 @@ def metrics(
 )->dict[str, float]: # loss (nats per token), perplexity, bits_per_byte, and the four
     "What sums say about a model"
     loss = nats / max(tokens, 1)
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=text_nats / math.log(2) / max(n_bytes, 1),
+    perplexity = math.inf if loss > 709 else math.exp(loss) # e**710 is larger than a float can be
+    return dict(loss=loss, perplexity=perplexity, bits_per_byte=text_nats / math.log(2) / max(n_bytes, 1),
                 nats=nats, text_nats=text_nats, tokens=tokens, bytes=n_bytes)
 
 
