@@ -1,7 +1,9 @@
 """Text for a terminal: cleaning what came from data, and short forms of numbers. Knows nothing of runs."""
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Sequence
 
 _SEQUENCE = re.compile(
@@ -22,6 +24,14 @@ def clean(text: str, keep: str = "\n\t") -> str:
 def inert(json: str) -> str:
     "JSON text with every character that commands a terminal written as \\u and its number: the same JSON"
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json)
+
+
+def quoted(name: str | os.PathLike) -> str:
+    "A path for a shell, in characters that can be shown: those that can't are written as $'\\x1b'"
+    plain = shlex.quote(name := os.fspath(name))
+    if clean(plain, "") == plain: return plain
+    def shown(c): return c not in "'\\" and clean(c, "") == c
+    return "$'" + "".join(c if shown(c) else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in name) + "'"
 
 
 def literal(text: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 import configparser
 import errno
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.errors import ConfigError, NotFoundError, UsageError
-from llm_trainer.terminal import clean
+from llm_trainer.terminal import clean, quoted
 
 SETTINGS = """\
 # Marks the workspace root of llm_trainer: every command finds its folders by walking up to this file.
@@ -64,9 +63,9 @@ def _settings(root: Path) -> configparser.SectionProxy | None:
     except OSError as e: why = "it is a link that leads nowhere" if e.errno == errno.ENOENT else e.strerror
     else: return parser["llm_trainer"] if parser.has_section("llm_trainer") else None
     if content and b"llm_trainer" not in content: return None  # something else's
-    there, aside = shlex.quote(str(path)), shlex.quote(f"{path}.old")
+    there, aside = quoted(path), quoted(f"{path}.old")
     raise ConfigError(f"{path} can't be read: {why}.\nMend it, or put it aside and make a new one: "
-                      f"mv {there} {aside} && llm-trainer init {shlex.quote(str(root))}\n"
+                      f"mv {there} {aside} && llm-trainer init {quoted(root)}\n"
                       "or use another workspace: export LLM_TRAINER_HOME=/path/to/workspace")
 
 
@@ -84,7 +83,7 @@ def open_workspace(root: Path) -> Workspace:
     "The workspace whose settings.ini lies in `root`"
     s = _settings(root)
     if s is None:
-        why, make = _unfit(root), f"Make one: llm-trainer init {shlex.quote(str(root))}"
+        why, make = _unfit(root), f"Make one: llm-trainer init {quoted(root)}"
         raise NotFoundError(f"{root} is no workspace: {why or 'it has no settings.ini with a section [llm_trainer]'}.\n"
                             + ("Name another: export LLM_TRAINER_HOME=/path/to/workspace" if why else make))
     def folder(key): return (root / home(s.get(key, key) or key)).resolve()

@@ -21,7 +21,8 @@ from llm_trainer.data.batches import (
     BLOCK, MixStream, Stream, Windows, open_tokens, permute, prepare_tokens, shares, token_type,
     training_stream, val_batches, write_tokens)
 from llm_trainer.data.builtin import open_builtin
-from llm_trainer.data.sources import open_corpus
+from llm_trainer.config import DataConfig, Source
+from llm_trainer.data.sources import first_look, open_corpus, open_mix
 from llm_trainer.events import silent
 from llm_trainer.errors import DataError, NotFoundError
 from llm_trainer.data.tokenizer import Tokenizer, train_tokenizer
@@ -246,8 +247,11 @@ def test_shares_add_up(weights):
     assert sum(found) == BLOCK and all(abs(f - w / sum(weights) * BLOCK) < 1 for f, w in zip(found, weights))
 
 
-def test_a_weight_that_is_never_drawn_is_refused():
-    with pytest.raises(DataError, match="never be drawn"): shares([1, 1e-6])
+@pytest.mark.parametrize("weights, least", [((1, 1e-300), "1e-300 of b.txt"), ((1, 1e6), "1 of a.txt")])
+def test_a_weight_that_is_never_drawn_is_refused_before_anything_is_read(tmp_path, weights, least):
+    data = DataConfig(dataset=[Source(name=name, weight=w) for name, w in zip(("a.txt", "b.txt"), weights)])
+    for look in (first_look, open_mix):
+        with pytest.raises(DataError, match=f"The weight {least} is less than 1/1024"): look(data, tmp_path)
 
 
 def test_one_corpus_is_a_plain_stream(world):

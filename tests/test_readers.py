@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from hearing import Heard
 
-
-from llm_trainer.data.sources import first_look, local_paths, open_corpus, open_files
+from llm_trainer.data.batches import prepare_tokens
+from llm_trainer.data.sources import first_look, local_paths, open_corpus, open_files, open_mix
 from llm_trainer.data.tables import choose_column, look, rows_of, text_of, texts_of
-from llm_trainer.data.tokenizer import Tokenizer, bpe_backend, broken, train_tokenizer
+from llm_trainer.data.tokenizer import Tokenizer, bpe_backend, broken, prepare_tokenizer, train_tokenizer
 from llm_trainer.errors import DataError, NotFoundError, UsageError
 from llm_trainer.events import silent
+from llm_trainer.terminal import clean
 
 TALES = [f"Tale {i}: «é», \"quotes\", a comma\nand a second line; {'x' * (i % 50)}" for i in range(300)]
 
@@ -172,6 +173,56 @@ def test_data_in_the_place_of_names_can_be_named(tmp_path):
 def test_csv_that_means_nothing_is_refused(tmp_path, content, says):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(DataError, match=says): opened(tmp_path / "a.csv", tmp_path)
+
+
+def test_quotes_of_a_tsv_join_no_rows_in_silence(tmp_path):
+    "A text that begins with a quote, and a later one that ends with one; a whole text in quotes stays whole"
+    rows = ['"Hi, he said.', *(f"{i}'s words" for i in range(18)), 'and left."']
+    def read(*lines, name="a.tsv"):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        return [row["text"] for _, row in rows_of(tmp_path / name)]
+    def mended(error, line):
+        subprocess.run(["bash", "-c", str(error.value).splitlines()[line].partition(": ")[2]], cwd=tmp_path, check=True)
+    assert read("text\tn", *(f"{row}\t1" for row in rows)) == rows == [
+        *read("n\ttext", *(f"1\t{row}" for row in rows))]
+    assert read("text\tn", *['"One\nor ""two""\nlines"\t1'] * 2000) == ['One\nor "two"\nlines'] * 2000
+    for before, header, end in ((1500, "text\tn", "\t1"), (0, "text", "")):  # behind what is looked at; one column
+        with pytest.raises(DataError, match=rf":{before + 2}-{before + 21} is one text in quotes, or 20 rows") as e:
+            read(header, *[f"x{end}"] * before, *(row + end for row in rows))
+        mended(e, 2)
+        assert [row["text"] for _, row in rows_of(tmp_path / "rows-a.tsv")] == ["x"] * before + rows
+        mended(e, 1)
+        assert [row["text"] for _, row in rows_of(tmp_path / "a.csv")][before:] == [f"{end}\n".join(rows)[1:-1]]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"text": "one"}\n{"text": "two", "text": "lost"}\n'),
+    ("a.json", '[{"text": "one"}, {"m": {"a": 1, "a": 2}}]'),
+    ("b.json", '{"text": "one", "text": "lost"}' + " \n" * 40_000)], ids=["a.jsonl", "a.json", "b.json"])
+def test_a_name_that_a_row_has_twice_loses_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name}(:2|, row [12]) has '(text|a)' twice"): list(rows_of(tmp_path / name))
+
+
+@pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_files_that_were_joined_are_read_whole_or_refused(tmp_path, make):
+    def table(sign): return pa.table({"text": pa.array([f"{sign}{i % 9}" for i in range(300)]).dictionary_encode()})
+    for sign in "ab":
+        with make(str(tmp_path / f"{sign}.arrow"), table(sign).schema) as f: f.write_table(table(sign), 100)
+    joined = tmp_path / "ab.arrow"
+    joined.write_bytes((tmp_path / "a.arrow").read_bytes() + (tmp_path / "b.arrow").read_bytes())
+    assert len(list(texts_of(tmp_path / "a.arrow", "text"))) == 300
+    if make is pa.ipc.new_stream: assert list(texts_of(joined, "text"))[299:301] == ["a2", "b0"]
+    else:
+        with pytest.raises(DataError, match="several files, one behind the other"): opened(joined, tmp_path)
+    with open(joined, "ab") as f: f.write(b"and more")
+    with pytest.raises(DataError): list(texts_of(joined, "text"))
+
+
+def test_empty_rows_are_counted_aloud(tmp_path):
+    write_table(tmp_path / "a.jsonl", [{"text": "a tale" if i % 50 == 0 else None, "content": "c"} for i in range(500)])
+    open_mix(wish(tmp_path / "a.jsonl"), tmp_path / "data", said := Heard())
+    assert any("490 of the 500 documents" in note and "--text-column" in note for note in said)
 
 
 def test_json_of_every_shape(tmp_path):
@@ -336,11 +387,63 @@ def test_another_encoding_is_refused_with_the_line_that_mends_it(tmp_path, encod
         assert "".join(text for _, text, _ in opened(mended, tmp_path).pieces()) == language * 200
 
 
+@pytest.mark.parametrize("name", [b"\x1b[31mred.txt", b"it's \\ a\n\tline.txt", b"\xff\xfe \xe2\x80\xaed\xc3\xa9.txt"])
+def test_a_command_names_the_file_whatever_it_is_called(tmp_path, name):
+    (folder := tmp_path / "f").mkdir()
+    path = folder / os.fsdecode(name)
+    path.write_bytes("déjà vu, là-bas ".encode("latin-1") * 50)
+    with pytest.raises(DataError) as e: opened(folder, tmp_path)
+    shown = clean(str(e.value).partition("Convert it: ")[2])
+    subprocess.run(["bash", "-c", shown], check=True)
+    assert os.listdir(os.fsencode(folder)) == [name] and path.read_text() == "déjà vu, là-bas " * 50
+
+
 def test_latin_1_behind_a_long_ascii_beginning_is_refused_too(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"plain words " * 20_000 + "é à ç".encode("latin-1"))
     with pytest.raises(DataError, match="CP1252"): opened(tmp_path / "a.txt", tmp_path)
     (tmp_path / "b.csv").write_bytes("id,text\n1,été\n".encode("latin-1"))
     with pytest.raises(DataError, match="CP1252"): opened(tmp_path / "b.csv", tmp_path)
+
+
+# -- text that changes
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv.gz", "a.tsv", "a.parquet", "a.arrow"])
+def test_text_that_changed_since_it_was_opened_is_never_cached_as_the_old_one(tmp_path, name):
+    def write(rows):
+        if name == "a.txt": (tmp_path / name).write_text("".join(rows))
+        else: write_table(tmp_path / name, [{"id": 1, "text": row} for row in rows])
+    write(TALES)
+    corpus, tokenizer = opened(tmp_path / name, tmp_path), train_tokenizer("byte", 257, ())
+    write([tale.upper() for tale in TALES])
+    with pytest.raises(DataError, match=f"{name} changed while it was read"):
+        prepare_tokens(corpus, tokenizer, tmp_path / "data", silent)
+    assert not os.path.exists(tmp_path / "data") or not os.listdir(tmp_path / "data")
+    write(TALES)
+    assert prepare_tokens(corpus, tokenizer, tmp_path / "data", silent).meta["train_bytes"] > 1000
+
+
+@pytest.mark.parametrize("stage", ["counting", "learning", "tokenizing"])
+@pytest.mark.parametrize("longer", [False, True])
+def test_text_that_changes_under_the_reader_is_refused(tmp_path, stage, longer):
+    (path := tmp_path / "a.txt").write_text("All work and no play. " * 300_000)
+    seen, changed = [], []
+
+    def emit(event):
+        if event.kind != "progress": return
+        if event.what.startswith(stage) and not changed:
+            changed.append(event)
+            with open(path, "ab" if longer else "r+b") as f:
+                f.seek(-1_000_000, 2)
+                f.write(b"Some other text. " * 58_000)
+        seen.append(event.done <= event.total)
+    with pytest.raises(DataError, match="a.txt changed while it was read"):
+        corpus = opened(path, tmp_path, emit)
+        settings = SimpleNamespace(tokenizer="char", vocab_size=0)
+        tokenizer = prepare_tokenizer(settings, [corpus], tmp_path / "data", emit)
+        prepare_tokens(corpus, tokenizer, tmp_path / "data", emit)
+    kept = {"counting": "", "learning": "a-", "tokenizing": "a- tokenizer-"}[stage].split()
+    assert all(seen) and len(kept) == len(os.listdir(tmp_path / "data"))
+    assert all(any(name.startswith(k) for k in kept) for name in os.listdir(tmp_path / "data"))
 
 
 # -- the share held out
@@ -360,6 +463,13 @@ def test_the_share_is_one_of_bytes(tmp_path, lengths):
     corpus = opened(folder, tmp_path)
     size = sizes(corpus)
     assert sum(size.values()) == corpus.count["bytes"] and abs(size["val"] / corpus.count["bytes"] - 0.1) < 0.02
+
+
+def test_documents_that_are_all_the_same_are_called_so(tmp_path):
+    write_table(tmp_path / "a.jsonl", [{"text": "The same tale."}] * 200)
+    corpus = opened(tmp_path / "a.jsonl", tmp_path)
+    with pytest.raises(DataError, match=r"All 200 documents of .*a\.jsonl are the same text"): list(corpus.pieces())
+    assert len(whole(corpus)) == 200  # to be measured, not trained on
 
 
 def test_documents_stay_on_their_side_as_the_corpus_grows(tmp_path):

@@ -23,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from .cache import prepared, read_record
 from .corpus import PIECE, Corpus
+from .sources import BLOCK, shares
 from ..errors import DataError, NotFoundError
 from ..events import Emit, Note, Progress, print_notes
 from .tokenizer import EOT, Tokenizer
 
 # %% auto #0
-__all__ = ['TOGETHER', 'PATIENCE', 'BLOCK', 'write_tokens', 'token_type', 'TokenCache', 'prepare_tokens', 'open_tokens',
-           'Windows', 'permute', 'Stream', 'val_batches', 'shares', 'MixStream', 'training_stream']
+__all__ = ['TOGETHER', 'PATIENCE', 'write_tokens', 'token_type', 'TokenCache', 'prepare_tokens', 'open_tokens', 'Windows',
+           'permute', 'Stream', 'val_batches', 'MixStream', 'training_stream']
 
 # %% ../../nbs/04_batches.ipynb #ff457444
 TOGETHER = 1 << 20  # characters that are encoded in one call
@@ -152,7 +153,7 @@ def prepare_tokens(
     total = corpus.count["bytes"] + corpus.val_bytes
 
     def build(work:Path) -> dict:
-        def tick(done:int) -> None: emit(Progress(f"tokenizing {corpus.name}", done, total))
+        def tick(done:int) -> None: emit(Progress(f"tokenizing {corpus.name}", min(done, total), total))
         return write_tokens(work, corpus.pieces(), tokenizer, tick) | {
             "corpus": corpus.name, "rule": corpus.rule, "fingerprint": corpus.fingerprint,
             "tokenizer_hash": tokenizer.hash, "key": key,
@@ -181,7 +182,8 @@ class Windows(Dataset):
         what:str="training" # What the tokens are, for the message
     ):
         if len(tokens) <= seq_len: raise DataError(
-            f"The {what} text has {len(tokens):,} tokens, fewer than one window of seq_len + 1 = {seq_len + 1:,}.\n" +
+            f"The {what} text has {len(tokens):,} token{'s' * (len(tokens) != 1)}, "
+            f"fewer than one window of seq_len + 1 = {seq_len + 1:,}.\n" +
             ("Give more text (--dataset), or shorter windows (--seq_len)." if what == "training" else
              "Hold out more (--val_fraction), give more text (--dataset), or shorter windows (--seq_len)."))
         self.tokens, self.seq_len = tokens, seq_len
@@ -341,19 +343,6 @@ def val_batches(
         yield x, y if i < len(starts) else torch.full_like(y, -100)
 
 # %% ../../nbs/04_batches.ipynb #32381ed2
-BLOCK = 1024
-
-
-def shares(weights:list[float]) -> list[int]:
-    "How many of `BLOCK` places each of `weights` gets: the sum is exact, each is off by less than one"
-    exact = [w / sum(weights) * BLOCK for w in weights]
-    found = [int(e) for e in exact]
-    for k in sorted(range(len(exact)), key=lambda k: found[k] - exact[k])[:BLOCK - sum(found)]: found[k] += 1
-    if min(found) < 1: raise DataError(f"The weight {min(weights):g} is less than 1/{BLOCK} of the mix, so it would "
-                                       "never be drawn.\nGive it more weight or leave it out.")
-    return found
-
-
 class _Parts:
     "Windows of several corpora under one numbering"
     def __init__(self, parts): self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])

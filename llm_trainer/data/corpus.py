@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .readers import READ, kind_of, parts_of, scan
 from .tables import texts_of
+from ..errors import DataError
 
 # %% auto #0
 __all__ = ['PIECE', 'BUILTIN', 'LARGE', 'RULE', 'safe_cut', 'cut', 'pieces_of', 'hash_fraction', 'count_documents', 'threshold',
@@ -83,9 +84,10 @@ def count_documents(
     columns:Iterable[str] | None=None, # Of each file, the column of the text; None: text
     hashes:Iterable[str] | None=None, # Of each file, if they are known
     tick:Callable[[int], None] | None=None # Called now and then with the bytes of text counted
-)->dict: # documents, bytes, low, high, large, lengths
+)->dict: # documents, bytes, low, high, large, lengths, and how many are empty
     "Count the documents of some files"
-    count, reported = {"documents": 0, "bytes": 0, "low": 1.0, "high": 0.0, "large": [], "lengths": [0] * 64}, 0
+    count, reported = {"documents": 0, "bytes": 0, "low": 1.0, "high": 0.0, "large": [], "lengths": [0] * 64,
+             "empty": 0}, 0
     for number, (at, pieces) in enumerate(_documents(files, columns, hashes)):
         before = count["bytes"]
         for piece in pieces:
@@ -94,7 +96,9 @@ def count_documents(
                 reported = count["bytes"]
                 tick(reported)
         size = count["bytes"] - before
-        if not size: continue
+        if not size:
+            count["empty"] += 1
+            continue
         count["documents"] += 1
         count["lengths"][size.bit_length()] += 1
         count["low"], count["high"] = min(count["low"], at), max(count["high"], at)
@@ -108,12 +112,12 @@ def _documents(
     columns:Iterable[str] | None=None,
     hashes:Iterable[str] | None=None
 )->Iterator[tuple[float, Iterable[str]]]:
-    "The place and the pieces of each document"
+    "The place and the pieces of each document; a file that has another hash by now is refused when all of it is read"
     files = list(files)
     for path, column, digest in zip(files, columns or ["text"] * len(files), hashes or [None] * len(files)):
-        if kind_of(path) == "text": yield _fraction(bytes.fromhex(digest or scan(path)[0])), cut(parts_of(path))
+        if kind_of(path) == "text": yield _fraction(bytes.fromhex(digest or scan(path)[0])), cut(parts_of(path, digest))
         else:
-            for text in texts_of(path, column): yield hash_fraction(text), pieces_of(text)
+            for text in texts_of(path, column, digest): yield hash_fraction(text), pieces_of(text)
 
 
 def threshold(
@@ -158,10 +162,14 @@ def _divided(
     documents:Iterable[tuple[float, Iterable[str]]], # The place and the pieces of each
     count:dict, # Their census
     val_fraction:float, # How much to hold out
-    version:int # Of the rule
+    version:int, # Of the rule
+    name:str # Of the corpus
 )->Iterator[Iterator[tuple[str, str, bool]]]:
     "The pieces of each document, those that are held out and those that are not"
     several, large = count["documents"] > 1, _large(count, val_fraction, version)
+    if several and val_fraction and not large and count["low"] == count["high"]: raise DataError(
+        f"All {count['documents']:,} documents of {name} are the same text, so none can be held out to measure what "
+        "was learned.\nGive text that differs (--dataset), or repeat one by training longer (--epochs).")
     below = val_fraction if large else threshold(count, val_fraction)  # a large one is on both sides
     for number, (at, pieces) in enumerate(documents):
         size = large.get(number, large.get("all"))
@@ -212,6 +220,11 @@ class Corpus:
         return hashlib.sha256(json.dumps([*about, len(self.files), self.rule]).encode()).hexdigest()
 
     @property
+    def tables(self) -> bool:
+        "Is any of its files a table?"
+        return any(kind_of(file) != "text" for file in self.files)
+
+    @property
     def description(self) -> str:
         "One line for a person"
         documents, size = self.count["documents"], self.count["bytes"]
@@ -223,7 +236,8 @@ class Corpus:
 
     def each(self, split:str | None=None) -> Iterator[Iterator[tuple[str, str, bool]]]:
         "The pieces of each document, none for an empty one; `split`: which files, where the corpus has its own splits"
-        if not self.val_files: return _divided(self._read("train"), self.count, self.val_fraction, self.version)
+        if not self.val_files: return _divided(self._read("train"), self.count, self.val_fraction, self.version,
+                                               self.name)
         return (_ends(name, pieces) for name in ("train", "val") if split in (None, name)
                 for _, pieces in self._read(name))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from .hub import HubError
 from ..errors import DataError, NotFoundError, UsageError
 from ..events import Emit, Note, Progress, print_notes
 from ..system.files import read_json, remove
-from ..terminal import size
+from ..terminal import quoted, size
 
 # %% auto #0
 __all__ = ['NAME', 'DESCRIPTION', 'TEMPLATES', 'PICKLES', 'OLDER', 'is_hub_name', 'pinned', 'hub_folder', 'pickled',
@@ -70,7 +69,7 @@ def pickled(
 def _convert(source:str, target:str, classes:str="t.AutoModelForCausalLM, t.AutoTokenizer") -> str:
     "The command that reads a folder, or a name of the hub, with Transformers, and writes it as it does today"
     return ("python -c 'import sys, transformers as t; [c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) "
-            f"for c in ({classes},)]' {shlex.quote(source)} {shlex.quote(f'./{target}')}")
+            f"for c in ({classes},)]' {quoted(source)} {quoted(f'./{target}')}")
 
 
 OLDER = "merges.txt"  # half of a byte-level vocabulary of before tokenizer.json

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import DataError, NotFoundError
-from ..terminal import clean
+from ..terminal import clean, quoted
 
 # %% auto #0
 __all__ = ['READ', 'TABLES', 'PACKED', 'TEXTS', 'MOST_PACKED', 'SMALL_BOMB', 'LONGEST', 'NULS', 'TAKE_OUT', 'packing', 'kind_of',
-           'packed', 'chunks', 'lines', 'too_long', 'encoding_of', 'judge', 'Utf8', 'rewritten', 'mend', 'not_utf8',
-           'not_text', 'has_nul', 'ending', 'reason', 'token_file', 'head_of', 'find_files', 'nothing_there', 'said',
-           'scan', 'parts_of']
+           'packed', 'chunks', 'changed', 'lines', 'too_long', 'encoding_of', 'judge', 'Utf8', 'rewritten', 'mend',
+           'not_utf8', 'not_text', 'has_nul', 'ending', 'reason', 'token_file', 'head_of', 'find_files',
+           'nothing_there', 'said', 'scan', 'parts_of']
 
 # %% ../../nbs/02a_readers.ipynb #327d0c3a
 READ = 1 << 16  # bytes that are read at a time
@@ -68,7 +68,7 @@ def packed(
     if first == _ZSTD[0] or first[1:] == _ZSTD[1]: return ".zst"
     if first and packing(path): raise DataError(
         f"{path} is not packed, though its name says so, or its beginning is damaged.\n"
-        f"Call it what it is: mv {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('')))}")
+        f"Call it what it is: mv {quoted(path)} {quoted(path.with_suffix(''))}")
     return ""
 
 
@@ -78,17 +78,18 @@ def _opened(path:Path, pack:str):
     if pack != ".zst": return open(path, "rb")
     try: import pyarrow
     except ImportError: raise DataError(f"Reading {path} needs pyarrow: pip install pyarrow\n"
-                                        f"or unpack it: zstd -d {shlex.quote(str(path))}") from None
+                                        f"or unpack it: zstd -d {quoted(path)}") from None
     return pyarrow.input_stream(str(path), compression="zstd")
 
 
 def chunks(
     path:Path, # A file, packed or not
+    known:str | None=None, # Their SHA-256, where it is known: at the end, other bytes are refused
     size:int=READ # Bytes of a chunk, at most
 )->Iterator[bytes]:
     "The bytes of a file, unpacked"
     try:
-        pack = packed(path)
+        pack, digest = packed(path), hashlib.sha256()
         done, at_rest = 0, path.stat().st_size if pack else 0
         with _opened(path, pack) as f:
             while chunk := f.read(size):
@@ -96,23 +97,34 @@ def chunks(
                 if at_rest and done > max(SMALL_BOMB, MOST_PACKED * at_rest): raise DataError(
                     f"{path} is not read: {at_rest:,} bytes unpack to more than {done:,}, which is no text.\n"
                     "Leave it out of the folder, or unpack it yourself.")
+                if known: digest.update(chunk)
                 yield chunk
+        if known and digest.hexdigest() != known: raise changed(path)
     except PermissionError: raise DataError(f"{path} can't be read: permission denied.\n"
-                                            f"Allow it: chmod u+r {shlex.quote(str(path))}") from None
+                                            f"Allow it: chmod u+r {quoted(path)}") from None
     except (EOFError, OSError, zlib.error) as e:
         raise DataError(f"{path} is damaged or cut off: {clean(str(e), '')[:200]}\n"
                         "Download or write it again.") from None
+
+
+def changed(
+    path:Path # A file
+)->DataError:
+    "The refusal of a file that isn't what it was when it was read before"
+    return DataError(f"{path} changed while it was read, so nothing is kept of it.\n"
+                     "Run the same command again when nothing writes to the file any more.")
 
 # %% ../../nbs/02a_readers.ipynb #388b1098
 LONGEST = 64 << 20  # bytes of a line or a row
 
 
 def lines(
-    path:Path # A file
+    path:Path, # A file
+    known:str | None=None # Its hash, as in `chunks`
 )->Iterator[bytes]:
     "The lines of a file, unpacked, each with its line feed; without a byte order mark"
     held, length, first = [], 0, True
-    for chunk in chunks(path):
+    for chunk in chunks(path, known):
         if first: chunk, first = chunk.removeprefix(codecs.BOM_UTF8), False
         *whole, rest = chunk.split(b"\n")
         if whole:
@@ -232,7 +244,7 @@ def rewritten(
     inside:bool=False # Whether it was found in a folder, where the new one replaces it
 )->str: # A shell command
     "The command that puts a file, packed or not, through a program"
-    old, new = shlex.quote(str(path)), shlex.quote(str(path.with_name(f"{name}-{path.name}")))
+    old, new = quoted(path), quoted(path.with_name(f"{name}-{path.name}"))
     pack = packed(path) if path.is_file() else packing(path)
     command = f"{_UNPACK[pack]} {old} | {program} | {_PACK[pack]}" if pack else f"{program} < {old}"
     return f"{command} > {new} && mv {new} {old}" if inside else f"{command} > {new}"
@@ -272,11 +284,11 @@ def not_text(
     head:bytes # The first bytes
 )->DataError:
     "The refusal of a file that is no text"
-    name = shlex.quote(str(path))
+    name = quoted(path)
     if way := token_file(path, head): return way
     if packing(path) and kind_of(path) in ("parquet", "arrow"):
         return DataError(f"{path} is packed, and a table of this kind isn't read packed.\n"
-                         f"Unpack it first: {_UNPACK[packing(path)]} {name} > {shlex.quote(str(path.with_suffix('')))}")
+                         f"Unpack it first: {_UNPACK[packing(path)]} {name} > {quoted(path.with_suffix(''))}")
     way = _WAYS.get("tar" if path.name.lower().endswith((".tar.gz", ".tar.zst")) else ending(path))
     if ending(path) in ("model", "spm"): return DataError(
         f"{path} is a tokenizer of sentencepiece, not text.\n"
@@ -341,7 +353,7 @@ def token_file(
     if ending(path) == "npy": read = f"n.load({str(path)!r}, 'r')"
     out = f"{path.stem}.jsonl"
     return DataError(f"{path} holds {what}, not text.\nWith the tokenizer.json that made them, turn them back into "
-                     f"text, and give that (--dataset {clean(shlex.quote(out), '')}):\n"
+                     f"text, and give that (--dataset {quoted(out)}):\n"
                      f"python -c {shlex.quote(_BACK.format(read=read, out=out))}")
 
 # %% ../../nbs/02a_readers.ipynb #60d7f0f1
@@ -388,7 +400,7 @@ def find_files(
     if not path.is_dir():
         if special := _special(path.stat().st_mode): raise DataError(
             f"{path} is a {special}; a run reads its text more than once, so it must be a file.\n"
-            f"Save it first: cat {path} > text.txt")
+            f"Save it first: cat {quoted(path)} > text.txt")
         found = _found(path)
         if found == "binary": raise not_text(path, head_of(path))
         if found == NULS: raise has_nul(path)
@@ -450,11 +462,12 @@ def scan(
 
 
 def parts_of(
-    path:Path # A file
+    path:Path, # A file
+    known:str | None=None # Its hash, as in `chunks`
 )->Iterator[str]:
     "The text of a file in parts of any size; invalid bytes become \ufffd"
     decoder, first = codecs.getincrementaldecoder("utf-8")("replace"), True
-    for chunk in chunks(path):
+    for chunk in chunks(path, known):
         yield decoder.decode(chunk.removeprefix(codecs.BOM_UTF8) if first else chunk)
         first = False
     yield decoder.decode(b"", final=True)

@@ -16,17 +16,31 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from .readers import LONGEST, chunks, head_of, kind_of, lines, rewritten, too_long
+from .readers import LONGEST, changed, chunks, head_of, kind_of, lines, rewritten, too_long
 from ..errors import DataError
-from ..terminal import clean
+from ..system.files import file_hash
+from ..terminal import clean, quoted
 
 # %% auto #0
-__all__ = ['Rows', 'TO_LINES', 'TO_QUOTES', 'BATCH', 'MEMORY', 'jsonl_rows', 'listed', 'json_rows', 'csv_cells', 'column_names',
-           'csv_rows', 'arrow_rows', 'arrow_schema', 'arrow_others', 'rows_of']
+__all__ = ['Rows', 'LINES', 'TO_LINES', 'TO_QUOTES', 'TO_CELLS', 'BATCH', 'MEMORY', 'jsonl_rows', 'listed', 'json_rows',
+           'csv_cells', 'column_names', 'csv_rows', 'arrow_rows', 'arrow_schema', 'arrow_others', 'rows_of']
 
 # %% ../../nbs/02a_rows.ipynb #fb7aaa3a
 Rows = Iterator[tuple[str, dict]]  # where a row stands, and its cells by column
 _EXAMPLE = '{"text": "Once upon a time"}'
+
+
+class _Twice(ValueError):
+    "A name that an object has twice"
+
+
+def _once(pairs:list[tuple]) -> dict:
+    "An object, if each of its names is there once"
+    if len(row := dict(pairs)) == len(pairs): return row
+    raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _object(row, where:str) -> tuple[str, dict]:
@@ -36,19 +50,22 @@ def _object(row, where:str) -> tuple[str, dict]:
 
 
 def _not_json(where:str, error:Exception) -> DataError:
+    if isinstance(error, _Twice): return DataError(
+        f"{where} has {clean(str(error)[:60], '')!r} twice, and only one of the two could be read.\n"
+        "Give each a name of its own, or remove one.")
     return DataError(f"{where} is not JSON "
                      f"({getattr(error, 'msg', None) or 'nested too deeply, or too large a number'}).\n"
                      f"Rows look like {_EXAMPLE}: mend or remove this one.")
 
 
 def jsonl_rows(
-    path:Path # A file
+    path:Path, # A file
+    known:str | None=None # Its hash, as in `chunks`
 )->Rows:
     "The object of each line of a .jsonl file; a text alone is one, too"
-    decode = json.JSONDecoder().decode
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(lines(path, known), 1):
         if line.isspace(): continue
-        try: row = decode(line.decode("utf-8", "replace"))
+        try: row = _DECODER.decode(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError) as e: raise _not_json(f"{path}:{number}", e) from None
         yield _object({"text": row} if isinstance(row, str) else row, f"{path}:{number}")
 
@@ -64,18 +81,19 @@ def listed(
 _SPACE = re.compile(r"[\s,]*")
 
 
-def _decoded(path:Path) -> Iterator[str]:
+def _decoded(path:Path, known:str | None) -> Iterator[str]:
     "The text of a JSON file, chunk by chunk"
     decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    for chunk in chunks(path): yield decoder.decode(chunk)
+    for chunk in chunks(path, known): yield decoder.decode(chunk)
     yield decoder.decode(b"", True)
 
 
 def json_rows(
-    path:Path # A file
+    path:Path, # A file
+    known:str | None=None # Its hash, as in `chunks`
 )->Rows:
     "The objects of a .json file"
-    decode, source = json.JSONDecoder().raw_decode, _decoded(path)
+    decode, source = _DECODER.raw_decode, _decoded(path, known)
     held, at, count, listed, over = "", 0, 0, None, False
     while True:
         at = _SPACE.match(held, at).end()
@@ -107,7 +125,7 @@ def json_rows(
 def _is_wrong(error:Exception, held:str) -> bool:
     "Is this no value that only goes on behind the text read so far?"
     if isinstance(error, json.JSONDecodeError): return "Unterminated" not in error.msg and error.pos < len(held) - 20
-    return isinstance(error, RecursionError)
+    return isinstance(error, (RecursionError, _Twice))
 
 
 def _more(source:Iterator[str], least:int) -> str:
@@ -123,6 +141,9 @@ def _more(source:Iterator[str], least:int) -> str:
 _SEP = re.compile(r'"?sep=([^\w\s"\x00-\x1f\x7f]|\t)"?\s*')  # Excel says so in a line of its own what divides the cells
 
 
+LINES = 1000  # of a .tsv, which tell what its quotes are
+
+
 def _divider(header:str, kind:str) -> str:
     "What divides the cells: the commonest of the usual signs outside quotes"
     if kind == "tsv": return "\t"
@@ -130,13 +151,32 @@ def _divider(header:str, kind:str) -> str:
     return max(",;\t|", key=bare.count) if set(",;\t|") & set(bare) else "\x1f"  # one column, which may hold commas
 
 
-def _quoting(path:Path) -> int:
-    "Whether the quotes of a .tsv are quotes: they are where its first lines can be read so"
-    head = [line.decode("utf-8", "replace") for line in islice(lines(path), 1000)]
+def _quoting(path:Path, tabs:int) -> int:
+    "Whether the quotes of a .tsv are quotes: they are where its first lines can be read so, and aren't rows already"
+    head, held = [line.decode("utf-8", "replace") for line in islice(lines(path), LINES)], []
     try:
-        for _ in csv.reader(head, delimiter="\t", strict=True): pass
-    except csv.Error: return csv.QUOTE_NONE
+        for _ in _by_lines(head, held, "\t"):
+            if tabs and _are_rows(held, tabs): return csv.QUOTE_NONE
+    except csv.Error as e:
+        inside = len(head) == LINES and "end of data" in str(e)  # a text that goes on behind the first lines
+        if not inside or tabs and _are_rows(held, tabs): return csv.QUOTE_NONE
     return csv.QUOTE_MINIMAL
+
+
+def _by_lines(text:Iterable[str], held:list[str], divider:str, **form) -> Iterator[list[str]]:
+    "The cells of each row; `held` has the lines that it is made of"
+    def kept():
+        for line in text:
+            held.append(line)
+            yield line
+    for cells in csv.reader(kept(), delimiter=divider, strict=True, **form):
+        yield cells
+        held.clear()
+
+
+def _are_rows(joined:list[str], tabs:int) -> bool:
+    "Are the lines that quotes make one row of rows each by itself, all with the right number of cells?"
+    return len(joined) > 1 and all(line.count("\t") == tabs for line in joined)
 
 
 def _not_csv(path:Path, line:int, why:str) -> DataError:
@@ -152,30 +192,44 @@ def _not_csv(path:Path, line:int, why:str) -> DataError:
                      "mend the line, or save the table as .jsonl.")
 
 
+def _ambiguous(path:Path, line:int, joined:int) -> DataError:
+    "The refusal of rows that quotes may join to one"
+    named = path.with_name(re.sub(r"\.tsv\b", ".csv", path.name, flags=re.I))
+    return DataError(
+        f"{path}:{line - joined + 1}-{line} is one text in quotes, or {joined} rows, the first beginning with a quote "
+        "and the last ending with one.\n"
+        f"If it is one text, give the file the name that says so: mv {quoted(path)} {quoted(named)}\n"
+        f"If these are rows, put each in quotes: {rewritten(path, TO_CELLS, 'rows')}")
+
+
 TO_LINES, TO_QUOTES = r"tr '\r' '\n'", r"""sed 's/\\"/""/g'"""
+TO_CELLS = r"""awk '{sub(/\r$/, ""); gsub(/"/, "\"\""); gsub(/\t/, "\"\t\""); print "\"" $0 "\""}'"""
 
 
 def csv_cells(
-    path:Path # A .csv or .tsv file
+    path:Path, # A .csv or .tsv file
+    known:str | None=None # Its hash, as in `chunks`
 )->tuple[str, int, Iterator[tuple[int, list[str]]]]:
     "What divides its cells, the number of its first line, and its rows (the header first), each with its last line"
-    text, first, divider = (line.decode("utf-8", "replace") for line in lines(path)), 1, None
+    text, first, divider = (line.decode("utf-8", "replace") for line in lines(path, known)), 1, None
     for line in text:
         if said := _SEP.fullmatch(line): divider = said[1]
         elif line.strip(" \t\r\n,;|"): break
         first += 1
     else: return ",", first, iter(())
     divider, quoting = divider or _divider(line, kind_of(path)), csv.QUOTE_MINIMAL
-    if kind_of(path) == "tsv": quoting = _quoting(path)
     csv.field_size_limit(LONGEST)
-    reader = csv.reader(chain([line], text), delimiter=divider, quoting=quoting, strict=True,
-                        skipinitialspace=f"{divider} " in line)
+    is_tsv, tabs, space = kind_of(path) == "tsv", line.count("\t"), f"{divider} " in line
+    if is_tsv: quoting = _quoting(path, tabs)
 
     def rows():
+        at, held = first - 1, []
         try:
-            for cells in reader:
-                if len(cells) > 1 or cells and cells[0].strip(): yield first - 1 + reader.line_num, cells
-        except csv.Error as e: raise _not_csv(path, first - 1 + reader.line_num, str(e)) from None
+            for cells in _by_lines(chain([line], text), held, divider, quoting=quoting, skipinitialspace=space):
+                at += len(held)
+                if is_tsv and _are_rows(held, tabs): raise _ambiguous(path, at, len(held))
+                if len(cells) > 1 or cells and cells[0].strip(): yield at, cells
+        except csv.Error as e: raise _not_csv(path, at + len(held), str(e)) from None
     return divider, first, rows()
 
 # %% ../../nbs/02a_rows.ipynb #b71e02ae
@@ -192,10 +246,11 @@ def column_names(
 
 
 def csv_rows(
-    path:Path # A file
+    path:Path, # A file
+    known:str | None=None # Its hash, as in `chunks`
 )->Rows:
     "The rows of a .csv or .tsv file, by its header"
-    rows = csv_cells(path)[2]
+    rows = csv_cells(path, known)[2]
     names = column_names(next(rows, (0, []))[1])
     if len(set(names)) < len(names): raise DataError(f"{path} calls several columns alike: {listed(names)}.\n"
                                                      "Give each a name of its own in the first line.")
@@ -250,9 +305,31 @@ def _tables(path:Path, columns:list[str] | None) -> Iterator:
             stream = pa.ipc.open_stream(source)
             yield stream.schema.empty_table()
             yield from stream
+            while source.tell() < source.size(): yield from pa.ipc.open_stream(source)
         else:
+            if not _is_whole(source): raise DataError(
+                f"{path} holds several files, one behind the other, and only one of them can be found.\n"
+                "Give each as a file of its own, in a folder.")
             yield file.schema.empty_table()
             for i in range(file.num_record_batches): yield file.get_batch(i)
+
+
+def _is_whole(source) -> bool:
+    "Do the batches that the end of an .arrow file lists reach to this end? Where files are joined they are too near"
+    source.seek(source.size() - 10)
+    size = int.from_bytes(source.read(4), "little")
+    source.seek(stop := source.size() - 10 - size)
+    footer = source.read(size)  # a flatbuffer
+
+    def number(at, size=4): return int.from_bytes(footer[at:at + size], "little", signed=True)
+    table = number(0)
+    offsets, end = table - number(table), 0
+    for slot in (8, 10):  # the dictionaries and the batches: lists of (place, bytes of metadata, bytes of body)
+        if number(offsets, 2) <= slot or not (field := number(offsets + slot, 2)): continue
+        start = table + field + number(table + field)
+        blocks = range(start + 4, start + 4 + 24 * number(start), 24)
+        end = max([end, *(number(b, 8) + number(b + 8) + number(b + 16, 8) for b in blocks)])
+    return not end or stop - end < 128  # only the mark of the end is between
 
 
 def _rows_at_once(metadata) -> int:
@@ -265,9 +342,10 @@ def _rows_at_once(metadata) -> int:
 def arrow_rows(
     path:Path, # A .parquet or .arrow file
     columns:list[str] | None=None, # The cells that are needed; None: those that may be text
-    row:int=0 # The number of the first row
+    known:str | None=None # The hash of the file, where it is known: at the end, another one is refused
 )->Rows:
     "The rows of a .parquet or .arrow file"
+    row = 0
     try:
         schema = next(_tables(path, None)).schema
         if twice := [n for n, several in Counter(schema.names).items() if several > 1]: raise DataError(
@@ -281,6 +359,7 @@ def arrow_rows(
                 for cells in batch.slice(start, BATCH).to_pylist():
                     yield f"{path}, row {row}", cells
                     row += 1
+        if known and file_hash(path, follow=True) != known: raise changed(path)
     except DataError: raise
     except PermissionError: raise
     except (ValueError, OSError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError) as e:
@@ -292,6 +371,7 @@ def arrow_schema(
 ):
     "Its columns and their types"
     try: return next(_tables(path, None)).schema
+    except DataError: raise
     except (ValueError, OSError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError) as e:
         raise _damaged(path, e) from None
 
@@ -306,9 +386,10 @@ def arrow_others(
 # %% ../../nbs/02a_rows.ipynb #a9574864
 def rows_of(
     path:Path, # A table
-    columns:list[str] | None=None # The cells that are needed; None: all
+    columns:list[str] | None=None, # The cells that are needed; None: all
+    known:str | None=None # The hash of the file, where it is known: at the end, another one is refused
 )->Rows:
     "The rows of a table, whatever its kind"
     kind = kind_of(path)
-    if kind in ("parquet", "arrow"): return arrow_rows(path, columns)
-    return {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}[kind](path)
+    if kind in ("parquet", "arrow"): return arrow_rows(path, columns, known)
+    return {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}[kind](path, known)

@@ -33,7 +33,7 @@ from ..terminal import clean
 from ..workspace import home, located
 
 # %% auto #0
-__all__ = ['SMALL', 'local_paths', 'open_corpus', 'each_corpus', 'first_look', 'open_files', 'open_mix']
+__all__ = ['BLOCK', 'SMALL', 'local_paths', 'open_corpus', 'shares', 'each_corpus', 'first_look', 'open_files', 'open_mix']
 
 # %% ../../nbs/02f_sources.ipynb #1d560f8e
 def local_paths(
@@ -94,15 +94,36 @@ def open_corpus(
     return open_files(paths, data_dir, data.text_column, data.val_fraction, emit, version)
 
 # %% ../../nbs/02f_sources.ipynb #4edc4434
+BLOCK = 1024  # windows in which each corpus of a mix has its share
+
+
+def shares(
+    weights:list[float], # Of each corpus of a mix
+    names:list[str] | None=None # Theirs, for the message
+)->list[int]:
+    "How many of `BLOCK` places each of `weights` gets: the sum is exact, each is off by less than one"
+    exact = [w / sum(weights) * BLOCK for w in weights]
+    found = [int(e) for e in exact]
+    for k in sorted(range(len(exact)), key=lambda k: found[k] - exact[k])[:BLOCK - sum(found)]: found[k] += 1
+    if min(found) > 0: return found
+    least = found.index(0)
+    raise DataError(f"The weight {weights[least]:g}{f' of {names[least]}' if names else ''} is less than 1/{BLOCK} of "
+                    "the mix, so it would never be drawn.\nGive it more weight or leave it out.")
+
+
 def each_corpus(
     data # A `DataConfig`
 )->list[tuple]: # (settings whose `dataset` is one name, weight)
-    "`data` once for each corpus that it names"
+    "`data` once for each corpus that it names; refuses a mix that can't be drawn"
     if isinstance(data.dataset, str): return [(data, 1.0)]
     parts = [part if isinstance(part, dict) else vars(part) for part in data.dataset]
+    weights, names = [part["weight"] for part in parts], [part["name"] for part in parts]
+    if not sum(weights) > 0: raise DataError("A mix needs at least one dataset with a weight above 0, like "
+                                             '{name = "python-docs", weight = 1}.')
+    shares(weights, names)
     own = {"dataset": "name", "dataset_config": "config", "dataset_revision": "revision", "text_column": "text_column"}
     return [(SimpleNamespace(**vars(data) | {key: part[name] for key, name in own.items() if part.get(name)}),
-             part["weight"]) for part in parts]
+             weight) for part, weight in zip(parts, weights)]
 
 # %% ../../nbs/02f_sources.ipynb #53a1298d
 class _NoText(DataError):
@@ -276,6 +297,14 @@ def open_mix(
     "Open every corpus that `data.dataset` names; a single one is a mix of one"
     parts = each_corpus(data)
     total = sum(weight for _, weight in parts)
-    if not total > 0: raise DataError("A mix needs at least one dataset with a weight above 0, like "
-                                      '{name = "python-docs", weight = 1}.')
-    return [(open_corpus(one, data_dir, emit, version), weight / total) for one, weight in parts]
+    mix = [(open_corpus(one, data_dir, emit, version), weight / total) for one, weight in parts]
+    for corpus, _ in mix: _tell_empty(corpus, emit)
+    return mix
+
+
+def _tell_empty(corpus:Corpus, emit:Emit) -> None:
+    "Say how many documents of a corpus hold nothing; where most do, that the text may be elsewhere"
+    empty, full = corpus.count.get("empty", 0), corpus.count["documents"]
+    if not empty: return
+    emit(Note(f"{empty:,} of the {empty + full:,} documents of {corpus.name} are empty, and left out." + (
+        " The text may be in another column: --text-column NAME" if empty > full and corpus.tables else "")))

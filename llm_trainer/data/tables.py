@@ -156,11 +156,12 @@ def _text(value, column:str, where:str, row:dict) -> str:
 
 def texts_of(
     path:Path, # A table
-    column:str # Which cell is the text
+    column:str, # Which cell is the text
+    known:str | None=None # The hash of the file, as in `chunks`
 )->Iterator[str]:
     "The text of each row of a table"
     take = text_of(column)
-    for where, row in rows_of(path, needed(column)): yield take(row, where)
+    for where, row in rows_of(path, needed(column), known): yield take(row, where)
 
 # %% ../../nbs/02b_tables.ipynb #c829b8e3
 def column_for(
@@ -223,7 +224,7 @@ def no_text(
     said = f"{path} has no column of text; it has: {listed(has)}.\n"
     if code := _unfolded(row, kind_of(path)):
         program = f"python -c {shlex.quote(f'import json, sys; {code}')}"
-        return f"{said}Take the texts out of the list: {clean(rewritten(path, program, 'texts'), '')}"
+        return f"{said}Take the texts out of the list: {rewritten(path, program, 'texts')}"
     return said + "Give a table that has one, or name it: --text-column NAME"
 
 
@@ -232,7 +233,7 @@ def _unfolded(row:dict, kind:str) -> str | None:
     lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
     if kind not in ("json", "jsonl") or not lists: return None
     name = max(lists, key=lambda name: len(str(lists[name])))
-    first, key = lists[name][0], json.dumps(name, ensure_ascii=False)
+    first, key = lists[name][0], json.dumps(name, ensure_ascii=not name.isprintable())
     if kind == "json" and isinstance(first, (dict, str)):
         rows = "r" if isinstance(first, dict) else "{\"text\": r}"
         return f"[print(json.dumps({rows})) for r in json.load(sys.stdin)[{key}]]"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from .corpus import Corpus
 from .pretrained import TEMPLATES, model_folder
 from ..errors import UsageError
 from ..events import Emit, Note, Progress, print_notes
+from ..terminal import quoted
 from ..workspace import home, located
 
 # %% auto #0
@@ -293,7 +293,7 @@ def read_otherwise(
         return None
     ours = [*tokenizer.encode_prompt(_PROBE), *tokenizer.after]
     if ids == ours and size == tokenizer.backend.get_vocab_size(): return None
-    here = shlex.quote(str(folder))
+    here = quoted(folder)
     return UsageError(
         f"The tokenizer of {folder} has two meanings: tokenizer_class makes Transformers read it as {kind}, which "
         "gives other numbers (or tokens) than its tokenizer.json.\nIf the file is right, write \"tokenizer_class\": "

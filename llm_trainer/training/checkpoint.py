@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import re
-import shlex
 import shutil
 import time
 import weakref
@@ -31,6 +30,7 @@ from ..model.safetensors import read_tensors, tensor_chunks
 from ..system import failpoints
 from ..system.files import (
     file_hash, open_regular, path_of, remove, replace_file, sealed, sync_folder, sync_fd, unsealed, write_file)
+from ..terminal import quoted
 
 # %% ../../nbs/07_checkpoint.ipynb #929c5244
 def weights_hash(
@@ -223,7 +223,7 @@ class StepFolders:
             there = next(path for path in (self.folder, *self.folder.parents) if os.path.lexists(path))
             if not there.is_dir(): raise CheckpointError(
                 f"{there} is no folder: no checkpoint of {self.run_id} can be read there, or saved.\nMove it away: "
-                f"mv {shlex.quote(str(there))} {shlex.quote(f'{there}.away')}") from None
+                f"mv {quoted(there)} {quoted(f'{there}.away')}") from None
             if isinstance(e, FileNotFoundError): return []
             raise
         return sorted(int(e.name[5:]) for e in entries

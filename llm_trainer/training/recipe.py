@@ -102,8 +102,8 @@ def say_share(
     held = cache.meta["val_bytes"] / max(1, cache.meta["val_bytes"] + cache.meta["train_bytes"])
     if abs(held - corpus.val_fraction) > corpus.val_fraction / 5:
         emit(Note(f"{held:.1%} of the text of {corpus.name} is held out, not the {corpus.val_fraction:.1%} asked for: "
-                  f"whole documents "
-                  "fall to one side or the other by their hash, and it has few. More text comes closer."))
+                  "whole documents fall to one side or the other by their hash, equal ones together, and it has few "
+                  "different ones. More text comes closer."))
 
 # %% ../../nbs/11_recipe.ipynb #58b47a95
 def reopen_data(
