@@ -75,6 +75,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if 10 ** -digits <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
 
 
+def fixed(value: float, digits: int, mark: str = "") -> str:
+    "`1234.50`, with `mark` between thousands; a number that would fill lines in powers of ten"
+    return f"{value:{mark}.{digits}f}" if abs(value) < 1e12 else f"{value:.3e}"
+
+
 def size(n: float | None) -> str:
     "`1234567` → `1.2 MB`"
     if n is None: return "–"

@@ -8,7 +8,7 @@ from llm_trainer.cli import render
 from llm_trainer.errors import NotFoundError
 from llm_trainer.runs.state import LIVE
 from llm_trainer.events import print_notes
-from llm_trainer.terminal import clean, count, duration, size
+from llm_trainer.terminal import clean, count, duration, fixed, size
 
 # phases that come before the first step and can take long
 BEFORE = ("reading", "downloading", "tokenizing", "compiling")
@@ -62,7 +62,7 @@ def sentence(event) -> str | None:
         meta, tokens = event.meta, event.meta.get("data", {}).get("train_tokens", 0)
         return f"{meta.get('parameters', 0):,} parameters, {tokens:,} training tokens, {meta.get('steps') or 0:,} steps"
     if event.kind == "evaluated":
-        return f"step {event.step:,}  validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}, " \
+        return f"step {event.step:,}  validation loss {event.loss:.4f}, perplexity {fixed(event.perplexity, 2)}, " \
                f"{event.bits_per_byte:.3f} bits per byte" + \
                "".join(f", {clean(name, '')} {loss:.4f}" for name, loss in event.parts)
     if event.kind == "sampled": return f"step {event.step:,}  sample: {clean(event.prompt + event.text, '')}"

@@ -13,7 +13,7 @@ from datetime import datetime
 from llm_trainer.cli.parser import coloured
 from llm_trainer.runs.state import (
     ENDED, HEARD, STATES, State, devices_of, is_elsewhere, look_of, slowest_of, unheard)
-from llm_trainer.terminal import clean, count, duration, inert, number, size, sparkline
+from llm_trainer.terminal import clean, count, duration, fixed, inert, number, size, sparkline
 
 ANSI = {"success": 32, "primary": 34, "secondary": 36, "warning": 33, "error": 31}
 ENDED_BADLY = tuple(name for name in ENDED if STATES[name].colour == "error")
@@ -59,7 +59,7 @@ def say(*lines: str):
 
 def facts(found: dict) -> str:
     "Names and values, one line each"
-    def value(v): return f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+    def value(v): return fixed(v, 4, ",") if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
     return "\n".join(f"  {name.replace('_', ' '):<20} {value(v)}" for name, v in found.items())
 
 

@@ -134,6 +134,7 @@ def _wanted(repo:str, there:dict[str, int], weights:bool) -> Iterator[tuple[str,
         if any(f.endswith(PICKLES) for f in there): raise UsageError(pickled(repo, repo.partition("/")[2]))
         raise NotFoundError(f"{repo} has no model.safetensors, so there is nothing to begin with.")
     if "tokenizer.json" not in there: raise no_tokenizer(repo, there, weights)
+    if "model.safetensors" in tensors: tensors = ["model.safetensors"]  # where shards lie beside it, nobody reads them
     named = sorted(f for f in there if re.fullmatch(TEMPLATES + r"/[\w-]{1,100}\.jinja", f))[:100]
     for file in [*DESCRIPTION, *named, *(tensors if weights else ())]:
         if file in there: yield file, there[file]

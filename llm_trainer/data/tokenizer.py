@@ -22,7 +22,7 @@ from .corpus import Corpus
 from .pretrained import TEMPLATES, model_folder
 from ..errors import UsageError
 from ..events import Emit, Note, Progress, print_notes
-from ..terminal import quoted
+from ..terminal import clean, quoted
 from ..workspace import home, located
 
 # %% auto #0
@@ -347,7 +347,11 @@ def prepare_tokenizer(
     corpora = [c[0] if isinstance(c, tuple) else c for c in corpora]
     if data.tokenizer not in KINDS:
         here = located(data.tokenizer, data_dir.parent, data_dir)
-        return Tokenizer.load(here or model_folder(str(home(data.tokenizer)), data_dir, weights=False, emit=emit))
+        found = Tokenizer.load(here or model_folder(str(home(data.tokenizer)), data_dir, weights=False, emit=emit))
+        if found.changes:
+            emit(Note(f"The tokenizer changes a text before it reads it ({clean(found.changes, '')}); the model learns "
+                      "from the changed text."))
+        return found
     if data.tokenizer == "byte": return train_tokenizer("byte", 257, ())
     size = data.vocab_size if data.tokenizer == "bpe" else 0
     about = ["tokenizer 1", data.tokenizer, size, [c.fingerprint for c in corpora]]

@@ -20,7 +20,7 @@ from llm_trainer.runs.compare import curve
 from llm_trainer.runs.run import Run
 from llm_trainer.runs.state import State
 from llm_trainer.system.files import open_regular, read_json, timestamp
-from llm_trainer.terminal import clean, count, duration, size
+from llm_trainer.terminal import clean, count, duration, fixed, size
 from llm_trainer.workspace import Workspace
 
 SAMPLES = 6  # texts that are shown
@@ -62,7 +62,7 @@ class Part:
 
 def _dict(value) -> dict: return value if isinstance(value, dict) else {}
 def _line(value, most: int = 300) -> str: return " ".join(clean(str(value), "").split())[:most]
-def _number(value, digits: int = 4) -> str | None: return f"{value:.{digits}f}" if _is_number(value) else None
+def _number(value, digits: int = 4) -> str | None: return fixed(value, digits) if _is_number(value) else None
 def _whole(value) -> str | None: return f"{value:,.0f}" if _is_number(value) else None
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -37,8 +37,8 @@ def weights_hash(
     folder:Path # A folder
 )->str:
     "SHA-256 of `model.safetensors`, or of what it would be if its shards were one: the same for the same weights"
-    shards = sorted(Path(folder).glob("model-*-of-*.safetensors"))
-    if not shards: return file_hash(Path(folder) / "model.safetensors")
+    whole, shards = Path(folder) / "model.safetensors", sorted(Path(folder).glob("model-*-of-*.safetensors"))
+    if whole.is_file() or not shards: return file_hash(whole)
     digest, tensors = hashlib.sha256(), {name: t for shard in shards for name, t in read_tensors(shard).items()}
     for chunk in tensor_chunks(tensors, {"format": "pt"}): digest.update(chunk)
     return digest.hexdigest()
