@@ -24,7 +24,7 @@ from llm_trainer.events import print_notes
 from llm_trainer.cli.parser import Flag, From, FrontEnd, alone, docments
 from llm_trainer.runs.resolve import is_folder, resolve_inputs, weights
 from llm_trainer.system.files import deliver
-from llm_trainer.terminal import clean, size
+from llm_trainer.terminal import clean, quoted, size
 
 
 # Settings as flags ---------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def init(
     """
     space = workspace.init(folder)
     if json: return print(render.as_json({"root": str(space.root)}))
-    render.say(f"Workspace ready: {space.root}", "Next:", f"  cd {shlex.quote(str(space.root))}",
+    render.say(f"Workspace ready: {space.root}", "Next:", f"  cd {quoted(space.root)}",
                "  llm-trainer doctor", "  llm-trainer train --config quickstart")
 
 
@@ -250,7 +250,7 @@ def _go(run, space, background: bool, json: bool, sinks=(), team=None):
     if sinks:
         from llm_trainer.runs import loggers
         loggers.start(run, space, sinks)
-        if "tensorboard" in sinks: _tell(f"Curves in TensorBoard: tensorboard --logdir {shlex.quote(str(space.runs))}")
+        if "tensorboard" in sinks: _tell(f"Curves in TensorBoard: tensorboard --logdir {quoted(space.runs)}")
     if background:
         state = run.status()
         if json: return print(render.as_json({**asdict(state), "folder": str(run.folder)}))
@@ -507,7 +507,7 @@ def report(
         raise NotFoundError(f"The folder of --out {clean(path, '')} does not exist.")
     if path.exists() and not force:
         raise UsageError(f"{clean(path, '')} exists already.\n"
-                         f"Write over it: llm-trainer report {found.id} --out {shlex.quote(str(path))} --force")
+                         f"Write over it: llm-trainer report {found.id} --out {quoted(path)} --force")
     from llm_trainer.runs.report import report as tell
     page = tell(found, space, path.suffix[1:]).encode()
     deliver(path, page)
@@ -558,7 +558,7 @@ def log_to(
     sinks = loggers.named(names)
     read = loggers.log_to(found := _run(run), sinks, project, once)
     sent = f"{read['metrics']:,} rows of metrics, {read['samples']:,} samples"
-    board = f"See them: tensorboard --logdir {shlex.quote(str(found.folder.parent))}"
+    board = f"See them: tensorboard --logdir {quoted(found.folder.parent)}"
     render.say(f"Sent {found.id} to {', '.join(sinks)}: {sent}.", *[board] * ("tensorboard" in sinks))
 
 
@@ -756,7 +756,7 @@ def _runs_here() -> Path | None:
 
 def _use(target: Path, format: str) -> list[str]:
     "How to open what was written"
-    if format == "gguf": return ["Open it:", f"  llama-cli -m {shlex.quote(str(target))} -no-cnv -p 'The '"]
+    if format == "gguf": return ["Open it:", f"  llama-cli -m {quoted(target)} -no-cnv -p 'The '"]
     return ["Open it in Python:", f"  AutoModelForCausalLM.from_pretrained({str(target)!r})"]
 
 

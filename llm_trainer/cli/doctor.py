@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from llm_trainer import __version__, workspace
 from llm_trainer.errors import LLMTrainerError
-from llm_trainer.terminal import size
+from llm_trainer.terminal import quoted, size
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "fire", "rich")
 OPTIONAL = {"textual": "the watcher", "datasets": "datasets from the hub", "transformers": "opening models elsewhere",
@@ -29,7 +28,7 @@ def _workspace() -> dict:
     folders = {name: str(getattr(space, name)) for name in ("data", "checkpoints", "runs", "configs")}
     missing = [f for f in folders.values() if not os.path.isdir(f)]
     closed = [f for f in folders.values() if f not in missing and not os.access(f, os.W_OK)]
-    problems = [*([f"not there: {', '.join(missing)}.\nMake them: llm-trainer init {shlex.quote(str(space.root))}"]
+    problems = [*([f"not there: {', '.join(missing)}.\nMake them: llm-trainer init {quoted(space.root)}"]
                   if missing else []), *([f"you may not write to: {', '.join(closed)}"] if closed else [])]
     return {"root": str(space.root), **folders, "config": space.config, "device": space.device,
             "disk_free_bytes": shutil.disk_usage(space.root).free,

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from datetime import datetime
 from llm_trainer.cli.parser import coloured
 from llm_trainer.runs.state import (
     ENDED, HEARD, STATES, State, devices_of, is_elsewhere, look_of, slowest_of, unheard)
-from llm_trainer.terminal import clean, count, duration, fixed, inert, number, size, sparkline
+from llm_trainer.terminal import clean, count, duration, fixed, inert, number, quoted, size, sparkline
 
 ANSI = {"success": 32, "primary": 34, "secondary": 36, "warning": 33, "error": 31}
 ENDED_BADLY = tuple(name for name in ENDED if STATES[name].colour == "error")
@@ -139,7 +138,7 @@ def helps(state: State, meta: dict) -> str | None:
     def of(record, name, kind, default):
         return found if isinstance(found := record.get(name), kind) and found else default
     training, argv = of(of(meta, "config", dict, {}), "training", dict, {}), of(meta, "argv", list, [])
-    config = next((f"--config {shlex.quote(str(a))} " for flag, a in zip(argv, argv[1:]) if flag == "--config"), "")
+    config = next((f"--config {quoted(str(a))} " for flag, a in zip(argv, argv[1:]) if flag == "--config"), "")
     batch, accumulate = of(training, "batch_size", int, 2), of(training, "grad_accum_steps", int, 1)
     lr = of(training, "lr", float, 1e-3)
     return HELPS.get(key, "llm-trainer logs {id}   then: llm-trainer resume {id}").format(

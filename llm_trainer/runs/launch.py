@@ -4,7 +4,6 @@ Knows run folders, locks and configs; loads no torch, so that a background run i
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from llm_trainer.training.checkpoint import Checkpoints
 from llm_trainer.errors import BusyError, CheckpointError, NotFoundError, RunFailed, UsageError
 from llm_trainer.events import Emit, print_notes, silent
 from llm_trainer.system.files import FULL, open_log, remove, sync_folder, write_whole
-from llm_trainer.terminal import duration
+from llm_trainer.terminal import duration, quoted
 from llm_trainer.runs.queue import Queue, choose_devices, kind_of
 from llm_trainer.runs.run import RUN_ID, Run, check_id, create_run, is_run, sweep
 from llm_trainer.runs.state import GONE, HEARD, TERMINAL, State, is_elsewhere, unheard
@@ -328,9 +327,9 @@ def renamed(run: Run, name: str) -> str:
                              f"Go on with that: llm-trainer resume {name}\n"
                              f"A new run from its weights: llm-trainer train --init-from {name}\n"
                              f"Remove the copy: llm-trainer delete {run.id}")
-    there = shlex.quote(str(home))
+    there = quoted(home)
     aside = f"mv {there} {there}.away && " if os.path.lexists(home) else ""
-    return (f"Its checkpoints are those of {name}; give it back that name: {aside}mv {shlex.quote(str(run.folder))} "
+    return (f"Its checkpoints are those of {name}; give it back that name: {aside}mv {quoted(run.folder)} "
             f"{there}\nThen: llm-trainer resume {name}")
 
 

@@ -3,7 +3,6 @@ Every face calls it before `launch.start`: a worker stands in another folder. Lo
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from llm_trainer import workspace
 from llm_trainer.errors import CheckpointError, NotFoundError, UsageError
 from llm_trainer.events import Emit, Note, print_notes
 from llm_trainer.runs.run import RUN_ID
-from llm_trainer.terminal import clean
+from llm_trainer.terminal import clean, quoted
 from llm_trainer.workspace import Workspace
 
 if TYPE_CHECKING: from llm_trainer.config import Config
@@ -98,7 +97,7 @@ def _is_a_file(path: Path, text: str) -> UsageError:
     "The refusal of a file where a model's folder is expected"
     ways = {".gguf": "A GGUF file is made for llama.cpp and not read here; name the run or folder that it was made of.",
             ".onnx": "An ONNX file isn't read here; name the run or folder that it was made of."}
-    folder = clean(shlex.quote(str(path.parent)), "")
+    folder = quoted(path.parent)
     there = f"Name its folder: {folder if '/' in folder else f'./{folder}'}"
     if not (path.parent / "config.json").is_file(): there = "Name a folder that holds both."
     return UsageError(f"{clean(text, '')} is a file, and a model is a folder with config.json and model.safetensors.\n"
