@@ -229,7 +229,7 @@ def edit(folder, **changes):
     ("qwen3", dict(attention_bias=True), "attention_bias"),
     ("qwen3", dict(use_sliding_window=True), "use_sliding_window"),
     ("qwen3", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "yarn"),
-    ("qwen3", dict(rope_parameters=[1]), "list"),
+    ("qwen3", dict(rope_parameters=[1]), "has to be an object"),
     ("qwen3", dict(max_position_embeddings=1_000_000, head_dim=1024), "max_position_embeddings"),
 ])
 def test_a_config_that_does_not_fit_is_refused(arch, changes, message, tmp_path):
@@ -240,6 +240,7 @@ def test_a_config_that_does_not_fit_is_refused(arch, changes, message, tmp_path)
 
 def test_an_index_may_not_point_elsewhere(tmp_path):
     save_weights(GPT(CONFIGS["gpt2"], V), tmp_path)
+    (tmp_path/"model.safetensors").rename(tmp_path/"model-00001-of-00001.safetensors")
     for name in "../model.safetensors", "/etc/passwd", "pytorch_model.bin", 7:
         (tmp_path/"model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(CheckpointError, match="no shard beside it"): load_model(tmp_path)
