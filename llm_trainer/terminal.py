@@ -31,7 +31,8 @@ def quoted(name: str | os.PathLike) -> str:
     plain = shlex.quote(name := os.fspath(name))
     if clean(plain, "") == plain: return plain
     def shown(c): return c not in "'\\" and clean(c, "") == c
-    return "$'" + "".join(c if shown(c) else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in name) + "'"
+    def encoded(c): return c.encode(errors="surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass")
+    return "$'" + "".join(c if shown(c) else "".join(f"\\x{b:02x}" for b in encoded(c)) for c in name) + "'"
 
 
 def literal(text: str) -> str:

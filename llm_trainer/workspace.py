@@ -50,16 +50,22 @@ def located(name: Path | str, *folders: Path) -> Path | None:
     return next((base / path for base in (Path(), *folders) if os.path.exists(base / path)), None)
 
 
-def _settings(root: Path) -> configparser.SectionProxy | None:
-    "The `[llm_trainer]` section of `root/settings.ini`, or None; ConfigError where it can't be told if there is one"
+def _settings(root: Path, passing: bool = False) -> configparser.SectionProxy | None:
+    """The `[llm_trainer]` section of `root/settings.ini`, or None; ConfigError where it can't be told if there is one,
+    except, in `passing`, because it is no file or not ours to read"""
     path, parser, content = root / "settings.ini", configparser.ConfigParser(interpolation=None), b""
     if not os.path.lexists(path): return None
     try:
-        if path.exists() and not path.is_file(): raise OSError(errno.EINVAL, "it is no file")
+        if path.exists() and not path.is_file():
+            if passing: return None
+            raise OSError(errno.EINVAL, "it is no file")
         content = path.read_bytes()
         parser.read_string(content.decode().removeprefix("\ufeff"), path.name)
     except UnicodeDecodeError: why = "it is no text in UTF-8"
     except configparser.Error as e: why = " ".join(clean(str(e)[:200], "").split())
+    except PermissionError as e:
+        if passing: return None
+        why = e.strerror
     except OSError as e: why = "it is a link that leads nowhere" if e.errno == errno.ENOENT else e.strerror
     else: return parser["llm_trainer"] if parser.has_section("llm_trainer") else None
     if content and b"llm_trainer" not in content: return None  # something else's
@@ -97,7 +103,7 @@ def find(start: Path | str | None = None) -> Workspace:
     if start is None and there: return open_workspace(home(there).resolve())
     here = Path(start or ".").resolve()
     for folder in (here, *here.parents):
-        if _settings(folder) is not None: return open_workspace(folder)
+        if _settings(folder, passing=folder != here) is not None: return open_workspace(folder)
     raise NotFoundError(f"No workspace here: neither {here} nor a folder above it has a settings.ini with a section "
                         "[llm_trainer].\nMake one with: llm-trainer init\n"
                         "or name one: export LLM_TRAINER_HOME=/path/to/workspace")
@@ -133,7 +139,7 @@ def init(folder: Path | str = ".") -> Workspace:
         finally: new.unlink(missing_ok=True)
     space = open_workspace(root)
     for folder in (space.data, space.checkpoints, space.runs, space.configs): folder.mkdir(parents=True, exist_ok=True)
-    for folder in (space.data, space.checkpoints, space.runs):
+    for folder in (space.checkpoints, space.runs):
         if why := refusal(folder): raise UsageError(f"This workspace can't be used: {why}.\nMake that folder writable, "
                                                     "or choose another workspace: llm-trainer init FOLDER")
     return space

@@ -1,5 +1,6 @@
 """The parts of the writer and of the state, one by one, with clocks that a test sets."""
 import math
+import json
 import os
 import re
 import stat
@@ -356,6 +357,17 @@ def test_what_may_not_be_known_is_unknown(run, monkeypatch):
     assert why_unknown(run.folder) == ("denied", "permission denied")
     write_whole(run.folder / "state.json", {**run.state().to_record(), "status": "completed"})
     assert why_unknown(run.folder) is None
+
+
+@pytest.mark.parametrize("name, value", [
+    ("meta.json", {"config": None}), ("meta.json", {"config": {"model": 7}}),
+    ("attempts.jsonl", {"changed": None}), ("attempts.jsonl", {"changed": {"lr": 1}})])
+def test_settings_are_what_is_of_its_kind(run, name, value):
+    run.add_attempt(from_step=0)
+    known, path = run.settings(), run.folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **value}) + "\n")
+    assert run.settings() == ({} if name == "meta.json" else known)
+    assert run.damage() == (None if value == {"changed": None} else f"{name} ({next(iter(value))})")
 
 
 def test_a_note_has_a_word_and_a_log_a_reason(run):

@@ -340,6 +340,7 @@ def stop(
     try: state = launch.stop(found, now, None if json else _waiting())
     except (NotADirectoryError, FileNotFoundError):
         state = found.state()
+        if state.pid is None: raise
         away = f", on {state.host}" if is_elsewhere(state) else ""
         raise LLMTrainerError(f"{found.id} can't be asked: {found.folder / 'control'} is no folder.\n"
                               f"A signal has it save and end, too{away}: kill {state.pid}") from None

@@ -109,7 +109,7 @@ def let_go(seconds: float = 1.5) -> None:
     def listen(pipe: int):
         while signals := os.read(pipe, 64):
             if signal.SIGINT not in signals or signal.getsignal(signal.SIGINT) is not interrupted: continue
-            since = time.monotonic() - 0.1  # several at once may be heard as one
+            since = time.monotonic() - 1.0  # a busy machine hears it late; several at once may be heard as one
             gone_within(seconds, 128 + signal.SIGINT, lambda since=since: heard < since, "interrupted.")
 
     signal.signal(signal.SIGINT, interrupted)

@@ -216,7 +216,8 @@ class Codec:
     def _whole(self):
         "Refuse a tokenizer that loses a character, except as its normalizer says"
         same = self.backend.normalizer.normalize_str if self.backend.normalizer else str
-        text = "".join([_PROBE, *(f" {t.content} " for t in self.backend.get_added_tokens_decoder().values())])
+        added = self.backend.get_added_tokens_decoder().values()  # some take the blanks beside them along
+        text = "".join([_PROBE, *(f".{t.content}." if t.lstrip or t.rstrip else f" {t.content} " for t in added)])
         back = b"".join(_token_bytes(self.backend, self.encode(text), self.kind == "char")).decode("utf-8", "replace")
         if lost := Counter(same(text)) - Counter(same(back)): raise UsageError(
             f"The tokenizer is not used: it loses {len(lost):,} of {len(set(text)):,} characters of a text, like "
@@ -228,8 +229,10 @@ class Codec:
         tree = json.loads(self.json)
         normal = {str(n.get("type")) for n in _nodes(tree.get("normalizer"))} - {"Sequence"}
         blank = any(n.get("add_prefix_space") for n in _nodes(tree.get("pre_tokenizer")))
-        return None if self.decode(self.encode(_PROBE)) == _PROBE else \
-            ", ".join([*sorted(normal), *["a blank before it"] * blank])[:200]
+        same, added = self.decode(self.encode(_PROBE)) == _PROBE, self.backend.get_added_tokens_decoder().values()
+        beside = any((t.lstrip or t.rstrip) and not t.special for t in added)
+        changed = [] if same else [*sorted(normal), *["a blank before it"] * blank]
+        return ", ".join([*changed, *["the blanks beside its added tokens"] * beside])[:200] or None
 
     def encode(self, text:str) -> list[int]:
         "The token numbers of `text`; nothing is added, and `<|endoftext|>` in it is ordinary text"

@@ -305,7 +305,9 @@ def _tables(path:Path, columns:list[str] | None) -> Iterator:
             stream = pa.ipc.open_stream(source)
             yield stream.schema.empty_table()
             yield from stream
-            while source.tell() < source.size(): yield from pa.ipc.open_stream(source)
+            while any(source.read(8)):  # another stream; zeros fill up a file
+                source.seek(source.tell() - 8)
+                yield from pa.ipc.open_stream(source)
         else:
             if not _is_whole(source): raise DataError(
                 f"{path} holds several files, one behind the other, and only one of them can be found.\n"

@@ -254,8 +254,8 @@ WORDS = (_text, "text")
 TURN = {"role": WORDS, "content": (lambda x: _text(x) or isinstance(x, list), "text or a list of parts"), "name": WORDS,
         "tool_calls": (lambda x: isinstance(x, list), "a list"), "tool_call_id": WORDS, "reasoning_content": WORDS}
 PART = {"type": (lambda x: x == "text", '"text"; others than text are not read here'), "text": WORDS}
-CALL = {"type": (lambda x: x == "function", '"function"'), "id": WORDS,
-        "function": (lambda x: isinstance(x, dict), "an object")}
+CALL = {"index": (lambda x: isinstance(x, int), "a number"), "id": WORDS,
+        "type": (lambda x: x == "function", '"function"'), "function": (lambda x: isinstance(x, dict), "an object")}
 FUNCTION = {"name": WORDS, "arguments": (lambda x: _text(x) or isinstance(x, dict), "text or an object")}
 
 

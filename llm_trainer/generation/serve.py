@@ -159,7 +159,9 @@ class Reading(threading.Thread):
         tell, told = self.told.cancel, None
         try:
             try: tell, told = self.told.set_result, self.read()
+            except SystemExit: raise
             except Exception as e: tell, told = self.told.set_exception, e
+            except BaseException as e: tell, told = self.told.set_exception, RuntimeError(str(e))  # a library's panic
             with self.lock: self.over = True
         except SystemExit: pass  # as `end` wants it
         finally:
@@ -282,7 +284,12 @@ class Server:
         try:
             async with asyncio.timeout(self.reading):
                 await self.turns.acquire()
-                reading = Reading(lambda: read(protocol.parse(data), self.model, self.writer.limit), self.turns.release)
+                try:
+                    reading = Reading(lambda: read(protocol.parse(data), self.model, self.writer.limit),
+                                      self.turns.release)
+                except BaseException:  # no thread to be had
+                    self.turns.release()
+                    raise
                 return await reading.told
         except TimeoutError:
             if not reading: raise RequestError("Others are being read. Try again in a moment.", 503) from None

@@ -168,7 +168,8 @@ def plain_config(
             raise UsageError(f"This {kind} model says {name} = {n:,}, and at most 1,000 are read here")
     needed = {*SHAPE[kind].values(), *MORE[kind], *STATED[kind]}
     told = {name for name, value in config.items() if value is not None}
-    if needed <= told and set(config) <= {*needed, *UNSAID, *IDLE} and type(config["tie_word_embeddings"]) is bool:
+    whole = needed - {"n_inner"} <= told and needed <= set(config) <= {*needed, *UNSAID, *IDLE} # n_inner may be null
+    if whole and type(config["tie_word_embeddings"]) is bool:
         return config
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import GPT2Config, Qwen3Config

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..data.pretrained import pickled
 from ..errors import CheckpointError, NotFoundError, UsageError
 from ..system.files import load_json, open_regular, parse_json, write_file
 
@@ -96,6 +95,7 @@ def weight_files(
             raise CheckpointError(f"{index} names {file!r}, which is no shard beside it")
         if not (folder / file).is_file():
             if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+                from llm_trainer.data.pretrained import pickled
                 raise UsageError(pickled(str(folder), folder.name))
             raise NotFoundError(f"{folder} has no {file}")
     return sorted({folder / str(file) for file in shards.values()})

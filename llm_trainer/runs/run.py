@@ -109,9 +109,10 @@ class Written:
 
     def config(self) -> dict[str, Any]:
         "The configuration in force: meta.json's, with what later attempts changed"
-        changed = {name: new for attempt in self.attempts() for name, (_, new) in attempt.get("changed", {}).items()}
+        changed = {name: new for attempt in self.attempts()
+                   for name, (_, new) in (attempt.get("changed") or {}).items()}
         return {group: {name: changed.get(name, value) for name, value in values.items()}
-                for group, values in self.meta.get("config", {}).items()}
+                for group, values in (self.meta.get("config") or {}).items()}
 
     def settings(self) -> dict[str, Any]:
         "The configuration in force, flat: each setting by its name"

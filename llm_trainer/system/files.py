@@ -373,7 +373,11 @@ def deliver(
         except FileNotFoundError: return _renew(path, content)
         with open(fd, "wb", buffering=0):
             mode = os.fstat(fd).st_mode
-            if stat.S_ISREG(mode): return _renew(path, content, stat.S_IMODE(mode))
+            if stat.S_ISREG(mode):
+                try: return _renew(path, content, stat.S_IMODE(mode))
+                except OSError as e:
+                    if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY): raise
+                os.ftruncate(fd, 0)  # nothing can be made beside it, so it is written in place
             os.set_blocking(fd, True)
             write_all(fd, content)
     except OSError as e:
