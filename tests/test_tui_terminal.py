@@ -32,7 +32,7 @@ async def test_start_watch_resume_stop_and_generate(tmp_path, run):
     """Someone starts a model from the form, sees it finish, trains on, sees numbers move, stops it, writes with it."""
     world = World(tmp_path, recorded=False)
     app = world.app(clock=time.time, interval=0.2)
-    async with app.run_test(size=(100, 30)) as pilot:
+    async with app.run_test(size=(160, 30)) as pilot:
         await shows(pilot, "No run yet")
         await press(pilot, "n")
         await shows(pilot, "[model]")
