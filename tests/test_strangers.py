@@ -16,7 +16,7 @@ from test_launch import STAND_IN, ROOT, ended, event, hears_signals, stand_in, s
 
 from llm_trainer import workspace
 from llm_trainer.cli import commands
-from llm_trainer.errors import BusyError, UsageError
+from llm_trainer.errors import BusyError, LLMTrainerError, UsageError
 from llm_trainer.runs import launch, worker
 from llm_trainer.runs.run import Run, create_run, find_run, list_runs
 from llm_trainer.runs.writer import RunWriter
@@ -69,6 +69,7 @@ def test_a_run_that_cannot_be_asked_ends_by_the_command_of_the_message(space, wa
     way(run.folder / "control")
     said = program(space, "stop", run.id)
     assert said.returncode == 1 and f"{run.folder / 'control'} is no folder" in said.stderr
+    with pytest.raises(LLMTrainerError, match="is no folder"): run.request("save")  # as the buttons ask
     subprocess.run(["sh", "-c", said.stderr.rpartition(": ")[2]], check=True)
     assert child.wait(60) == 143 and run.status().status == "stopped" and run.state().checkpoint_step == 1
 

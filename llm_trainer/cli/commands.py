@@ -335,15 +335,8 @@ def stop(
 ):
     "Have a run save a checkpoint and end"
     from llm_trainer.runs import launch
-    from llm_trainer.runs.state import is_elsewhere
     found = _run(run)
-    try: state = launch.stop(found, now, None if json else _waiting())
-    except (NotADirectoryError, FileNotFoundError):
-        state = found.state()
-        if state.pid is None: raise
-        away = f", on {state.host}" if is_elsewhere(state) else ""
-        raise LLMTrainerError(f"{found.id} can't be asked: {found.folder / 'control'} is no folder.\n"
-                              f"A signal has it save and end, too{away}: kill {state.pid}") from None
+    state = launch.stop(found, now, None if json else _waiting())
     if json: return print(render.as_json(state))
     step = f" at step {state.step:,}" if state.status != "unknown" else ""
     render.say(f"Run {found.id} is {state.status}{step}.",

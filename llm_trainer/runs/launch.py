@@ -18,7 +18,7 @@ from typing import Any
 
 from llm_trainer.system import failpoints, locks, process
 from llm_trainer.training.checkpoint import Checkpoints
-from llm_trainer.errors import BusyError, CheckpointError, NotFoundError, RunFailed, UsageError
+from llm_trainer.errors import BusyError, CheckpointError, LLMTrainerError, NotFoundError, RunFailed, UsageError
 from llm_trainer.events import Emit, print_notes, silent
 from llm_trainer.system.files import FULL, open_log, remove, sync_folder, write_whole
 from llm_trainer.terminal import duration, quoted
@@ -283,7 +283,7 @@ def plan_resume(
         raise CheckpointError(f"{run.folder / damage} can't be read, and with it the settings of {run.id}.\n"
                               f"Train on from its weights: llm-trainer train --init-from {run.id}")
     name = run.meta.get("run_id")
-    if name != run.id and isinstance(name, str) and RUN_ID.fullmatch(name):
+    if name and name != run.id and RUN_ID.fullmatch(name):
         raise UsageError(f"The folder {run.folder} is that of the run {name}. {renamed(run, name)}")
     state, steps = run.status(), saved_steps(space.checkpoints / run.id)
     if state.status == "unknown" and state.reason["code"] != "damaged":
@@ -487,7 +487,7 @@ def _end(run: Run) -> None:
     """Asks the worker to end without saving and wakes it: SIGTERM to its session, then SIGKILL. Only while every mark
     of the process agrees and the lock is held"""
     record = run.state().to_record()
-    with suppress(OSError): run.request("end")
+    with suppress(OSError, LLMTrainerError): run.request("end")
     for signum, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         if not _lives(run): return
         if not process.send_group(record, signum): return _wait(run, None, patience * is_elsewhere(run.state()))

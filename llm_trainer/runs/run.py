@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import BusyError, CheckpointError, NotFoundError, UsageError
-from .state import LIVE, TERMINAL, State, derive
+from ..errors import BusyError, CheckpointError, LLMTrainerError, NotFoundError, UsageError
+from .state import LIVE, TERMINAL, State, derive, is_elsewhere
 from ..system import locks
 from ..system.files import (
     CREATE, FORMAT, Appender, Follower, encode, log_line, open_regular, open_to_add, read_json, read_lines, remove,
@@ -248,8 +248,13 @@ class Run(Logged):
     def request(self,
         name:str # stop or save
     )->bool: # False: it was asked for already
-        "Asks the worker for something by leaving a file in `control/`"
-        folder = os.open(self.folder / "control", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        "Asks the worker for something by leaving a file in `control/`; LLMTrainerError where that is no folder"
+        try: folder = os.open(self.folder / "control", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (NotADirectoryError, FileNotFoundError):
+            if (state := self.state()).pid is None: raise
+            away = f", on {state.host}" if is_elsewhere(state) else ""
+            raise LLMTrainerError(f"{self.id} can't be asked: {self.folder / 'control'} is no folder.\n"
+                                  f"A signal has it save and end, too{away}: kill {state.pid}") from None
         try: os.close(os.open(check_id(name), os.O_WRONLY | os.O_EXCL | CREATE, 0o600, dir_fd=folder))
         except FileExistsError: return False
         finally: os.close(folder)

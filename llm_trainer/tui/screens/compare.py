@@ -57,9 +57,9 @@ class CompareScreen(Polling, PlotActions, Screen[None]):
         yield KeyBar()
 
     def on_mount(self) -> None:
-        self.followed = [(run := Run(self.app.workspace.runs / run_id), Curves(run)) for run_id in self.run_ids]
-        self.different = different([run for run, _ in self.followed])
-        self.mixed = not same_tokens([run for run, _ in self.followed])
+        runs = [Run(self.app.workspace.runs / run_id) for run_id in self.run_ids]
+        self.followed = [(run, Curves(run)) for run in runs]
+        self.different, self.mixed = different(runs), not same_tokens(runs)
         self.per_byte = self.mixed
         self.query_one(Plot).focus()
         self.start_polling()
