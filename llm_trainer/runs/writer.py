@@ -103,7 +103,8 @@ class StateFile:
         self.run, self.clock, self.wall = run, clock, wall
         self.state, self.pace, self.wrote = run.state(), Pace(), -math.inf
         self.written: tuple[int, int] | None = None # What the file looked like after our last write
-        self.begin()
+        self.began: float | None = None # By the clock; nothing counts while the run is queued
+        if self.state.status != "queued": self.begin()
 
     def begin(self) -> None:
         "The clock of the run goes on from here: waiting in the queue is not training"
@@ -128,7 +129,7 @@ class StateFile:
         "Replace the file"
         if self.given_up: return
         self.wrote = self.clock()
-        if self.state.status != "queued": self.state.elapsed_seconds = round(self.clock() - self.began, 3)
+        if self.began is not None: self.state.elapsed_seconds = round(self.clock() - self.began, 3)
         usual = self.pace.usual
         self.state.update(heartbeat=self.wall(), step_seconds=self.state.step_seconds if usual is None else usual)
         path = self.run.folder / "state.json"
@@ -296,7 +297,6 @@ class RunWriter(Records):
             if self.finished: return
             reason = {"code": code, "message": message and message[:1000]} if code or message else None
             self.say(f"{status}{f': {message}' if message else ''}")
-            if self.state.status == "queued": self.file.begin()
             if speed := self.file.pace.per_second: self.state.tokens_per_second = speed
             self.state.update(status=status, phase=None, reason=reason, eta_seconds=None, waiting_for=[])
             if self.lock.held and self.lock.stray: self.follow_folder()
