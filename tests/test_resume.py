@@ -10,6 +10,7 @@ from llm_trainer.config import load_config
 from llm_trainer.errors import CheckpointError, UsageError
 from llm_trainer.training.recipe import train
 
+pytestmark = pytest.mark.xdist_group("resume")  # what they share is made once
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory): return workspace.init(tmp_path_factory.mktemp("workspace"))
@@ -42,12 +43,16 @@ class Life:
 
 
 CASES = {
-    "gpt2": {}, "qwen3": dict(arch="qwen3"), "muon": dict(arch="qwen3", optimizer="muon"),
-    "dropout": dict(dropout=0.1), "accumulation": dict(batch_size=2, grad_accum_steps=4),
-    "both": dict(dropout=0.1, batch_size=4, grad_accum_steps=2), "workers": dict(num_workers=2),
-    "wsd": dict(schedule="wsd"),
-    "bfloat16": dict(dtype="bfloat16"), "in order": dict(shuffle=False), "clipped": dict(grad_clip=0.1),
+    "all at once": dict(dropout=0.1, batch_size=4, grad_accum_steps=2, schedule="wsd", shuffle=False, grad_clip=0.1),
+    "muon": dict(arch="qwen3", optimizer="muon"), "workers": dict(num_workers=2), "bfloat16": dict(dtype="bfloat16"),
 }
+ALONE = {
+    "gpt2": {}, "qwen3": dict(arch="qwen3"), "dropout": dict(dropout=0.1),
+    "accumulation": dict(batch_size=2, grad_accum_steps=4),
+    "both": dict(dropout=0.1, batch_size=4, grad_accum_steps=2),
+    "wsd": dict(schedule="wsd"), "in order": dict(shuffle=False), "clipped": dict(grad_clip=0.1),
+}
+ALL = CASES | ALONE
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +62,16 @@ def whole(space):
     def get(case, epochs=1):
         key = case, epochs
         if key not in made:
-            made[key] = Life(space, f"whole-{len(made)}", settings(eval_every=0, save_every=0, **CASES[case]), epochs)
+            made[key] = Life(space, f"whole-{len(made)}", settings(eval_every=0, save_every=0, **ALL[case]), epochs)
             made[key].live()
         return made[key]
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in ALONE)])
 def test_stopped_in_the_middle_of_an_epoch(space, whole, case):
     reference = whole(case)
-    life = Life(space, f"cut-{list(CASES).index(case)}", reference.config, 1)
+    life = Life(space, f"cut-{list(ALL).index(case)}", reference.config, 1)
     assert life.live(stop_after(11))[-1].status == "stopped"
     assert life.live()[-1].status == "completed"
     assert (life.losses, life.weights) == (reference.losses, reference.weights)
@@ -83,7 +88,7 @@ def test_a_compiled_run_drops_out_as_before(space, arch):
     assert len(whole.losses) > 4 and (cut.losses, cut.weights) == (whole.losses, whole.weights)
 
 
-@pytest.mark.parametrize("steps", [0, 1, "epoch end", "last"])
+@pytest.mark.parametrize("steps", [0, pytest.param(1, marks=pytest.mark.slow), "epoch end", "last"])
 def test_stopped_at_the_edges(space, whole, steps):
     reference = whole("dropout", 2)
     n = {"epoch end": len(reference.losses) // 2, "last": len(reference.losses) - 1}.get(steps, steps)
@@ -101,6 +106,7 @@ def test_ten_stops_in_one_epoch(space, whole):
     assert (life.losses, life.weights) == (reference.losses, reference.weights)
 
 
+@pytest.mark.slow
 def test_three_epochs_stopped_in_the_second(space, whole):
     reference = whole("gpt2", 3)
     life = Life(space, "three", reference.config, 3)

@@ -10,6 +10,7 @@ from llm_trainer.config import load_config
 from llm_trainer.generation.sampler import Sampling, generate, load_for_generation
 from llm_trainer.training.recipe import train
 
+pytestmark = pytest.mark.xdist_group("tiny")  # what they share is made once
 PROMPT = "Return the"
 
 

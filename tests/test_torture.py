@@ -2,6 +2,7 @@
 import pytest
 from torture import battery, forks, lives
 
+pytestmark = pytest.mark.xdist_group("torture")  # what they share is made once
 
 @pytest.mark.parametrize("t", battery.trials(), ids=lambda t: t.id.replace(" ", "-"))
 def test_battery(t):

@@ -196,7 +196,7 @@ def _saves(home: Path) -> bool:
     except OSError: return False
 
 
-@trial("T1", goal=1000, slice=3, chunk=8)
+@trial("T1", goal=1000, slice=2, chunk=8)
 def kills(n: int, seed: int) -> list[str]:
     """kill -9 at random instants (half anywhere, half aimed at saving, evaluating and preparing; what they hit is
     below), resume, up to 4 times a run: always resumable, at most one save interval lost, weights and losses equal to
@@ -299,7 +299,7 @@ SIGNALS = {"TERM": [signal.SIGTERM], "INT": [signal.SIGINT], "TERM twice": [sign
            "INT then TERM": [signal.SIGINT, signal.SIGTERM]}
 
 
-@trial("T9", goal=50 * len(PHASES) * 2, slice=4, chunk=8)
+@trial("T9", goal=50 * len(PHASES) * 2, slice=3, chunk=8)
 @cases
 def signals(case: int) -> str | None:
     """SIGTERM, SIGINT, twice, and one after the other, as each phase begins and at random instants: acknowledged, saved

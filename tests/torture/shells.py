@@ -109,7 +109,7 @@ def _everything(home: Path) -> tuple:
             record["position"], record["probe"], losses)
 
 
-@trial("T3", goal=4 * len(CELLS), slice=5, chunk=6)
+@trial("T3", goal=4 * len(CELLS), slice=3, chunk=6)
 @cases
 def exact(case: int) -> str | None:
     """bit-exact resume: accumulation 1 and 4, dropout 0 and 0.1, stopped at step 0, mid-epoch, epoch end, in an
