@@ -14,6 +14,8 @@ from llm_trainer.model.huggingface import load_model
 from llm_trainer.training.checkpoint import verify
 from llm_trainer.training.distributed import Group, choose, owners, save_together
 
+pytestmark = pytest.mark.xdist_group("worlds")
+
 
 # -- What needs no second process --
 
