@@ -313,6 +313,7 @@ def test_the_buttons_work_for_a_run_on_two_devices_and_on_a_page_loaded_again(la
 
 
 @in_lab
+@pytest.mark.slow
 def test_sliders_move_the_distribution(lab, browser):
     url, home = lab
     page, errors, foreign = look(browser, url, height=1200)
