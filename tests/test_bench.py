@@ -31,7 +31,7 @@ def as_it_was():
     torch.set_float32_matmul_precision(before[2])
 
 
-@pytest.mark.parametrize("peer", ["none", "loop"])
+@pytest.mark.parametrize("peer", [pytest.param("none", marks=pytest.mark.slow), "loop"])
 def test_train(peer, as_it_was):
     found = script("train").measure("tiny", steps=2, rounds=2, peer=peer, device="cpu", batch_size=2)
     assert {"device", "dtype", "threads", "batch_tokens", "matmul_tflops", "memory", "profile", "gpt2"} <= found.keys()
@@ -80,6 +80,7 @@ def test_load(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_resume_as_a_script():
     done = subprocess.run([sys.executable, BENCH / "resume.py", "--config", "tiny", "--repeats", "1"],
                           capture_output=True, text=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from llm_trainer import workspace
 from llm_trainer.cli.commands import front
@@ -119,7 +120,7 @@ def test_the_new_knob_reaches_the_model(tmp_path):
     for name in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / name, copy)
     for diff in blocks(ROOT / "nbs" / "tutorials" / "03_add_a_knob.ipynb", "diff"): apply(diff, copy)
     subprocess.run(["nbdev-export"], cwd=copy, check=True, capture_output=True)
-    (before,) = losses(ROOT, space, {})
+    before, = json.loads(warm.program(space, json.dumps([{}]), code=LOSSES).stdout.splitlines()[-1])
     off, on = losses(copy, space, {"z_loss": 0.0}, {"z_loss": 0.1})
     assert off == before
     # the first training loss has the penalty, and the weights are other ones

@@ -104,6 +104,11 @@ def lab(tmp_path_factory):
     longer = first.read_text(encoding="utf-8").replace("epochs=1, max_steps=300", "epochs=99")
     assert longer != first.read_text(encoding="utf-8")
     first.write_text(longer, encoding="utf-8")
+    # and one that needs to be no better than it is
+    sampling = home / "notebooks" / "06_sampling.ipynb"
+    shorter = sampling.read_text(encoding="utf-8").replace("max_steps=250", "max_steps=20")
+    assert shorter != sampling.read_text(encoding="utf-8")
+    sampling.write_text(shorter, encoding="utf-8")
     env = {**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp"), "OMP_NUM_THREADS": "1",
            "PYTHONPATH": str(ROOT), **{f"JUPYTER_{k}_DIR": str(home / k) for k in ("CONFIG", "DATA", "RUNTIME")},
            "IPYTHONDIR": str(home / "ipython")}
@@ -222,6 +227,7 @@ def test_a_newcomer_watches_a_model_learn(lab, browser):
 
 
 @in_lab
+@pytest.mark.slow
 def test_a_page_loaded_again_shows_all_of_the_run_and_goes_on(lab, browser):
     url, home = lab
     end_runs(home / RUNS)
@@ -259,7 +265,7 @@ lt.watch(lt.start(config, name="pair", devices=2))"""]
 
 
 @in_lab
-def test_the_buttons_work_for_a_run_on_two_devices(lab, browser):
+def test_the_buttons_work_for_a_run_on_two_devices_and_on_a_page_loaded_again(lab, browser):
     url, home = lab
     end_runs(home / RUNS)
     (home / "notebooks/pair.ipynb").write_text(json.dumps(dict(
@@ -284,12 +290,19 @@ def test_the_buttons_work_for_a_run_on_two_devices(lab, browser):
     stopped = run.status()
     assert stopped.status == "stopped" and stopped.checkpoint_step == stopped.step and not run.locked
 
+    page.wait_for_function(IDLE)
+    seen = page.evaluate(POINTS)
+    say(page, COMMAND, "docmanager:save")
+    say(page, BUSY, "import time; time.sleep(10)")
+    load_again(page, url, "pair.ipynb", seen - 1, errors)  # while the kernel, which still holds the view, computes
+
     page.locator("button.jupyter-button", has_text="resume").first.click()
     page.wait_for_selector(f"text=pair goes on from step {stopped.step:,}")
     until(lambda: len(run.state().ranks) == 2 and run.state().step > stopped.step)
     assert not {rank["pid"] for rank in first} & {rank["pid"] for rank in run.state().ranks}
     page.wait_for_function(IDLE)
     page.wait_for_selector("text=devices: 2 (cpu), ddp")
+    page.wait_for_function(GROWN, arg=seen)
 
     press_stop(page)
     until(lambda: not run.locked)
@@ -300,6 +313,7 @@ def test_the_buttons_work_for_a_run_on_two_devices(lab, browser):
 
 
 @in_lab
+@pytest.mark.slow
 def test_sliders_move_the_distribution(lab, browser):
     url, home = lab
     page, errors, foreign = look(browser, url, height=1200)
@@ -404,20 +418,72 @@ def served(site):
     server.shutdown()
 
 
+CONTRAST = """() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 ? m : [...m, 1]; };
+  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+  const ground = e => { const all = [];
+    for (let n = e; n; n = n.parentElement) {
+      const c = parse(getComputedStyle(n).backgroundColor);
+      all.push(c);
+      if (c[3] === 1) break;
+    }
+    return all.reverse().reduce((below, c) => over(c, below), [255, 255, 255]); };
+  const faint = {}, walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, s = getComputedStyle(e);
+    if (!walk.currentNode.textContent.trim() || !e.getClientRects().length) continue;
+    if (e.closest('script,style,svg,.skip-link')) continue;
+    const below = ground(e), a = light(over(parse(s.color), below)) + .05, b = light(below) + .05;
+    const big = parseFloat(s.fontSize) >= 24 || (parseFloat(s.fontSize) >= 18.66 && +s.fontWeight >= 700);
+    if (Math.max(a, b) / Math.min(a, b) < (big ? 3 : 4.5))
+      faint[e.tagName + ' ' + s.color] = walk.currentNode.textContent.trim();
+  }
+  return faint; }"""
+
+WHITE = """white => document.getAnimations().length === 0 &&
+  (getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)') === white"""
+
+# of each kind: front page, chapter with maths, chapter with tables, chapter with pictures, tutorial, generated page
+KINDS = ["index", "transformer", "filters", "benchmarks", "tutorials/02_reading_a_loss_curve", "commands",
+         "configuration"]
+
+
 @on_site
-@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-def test_every_page_reads_well(served, browser, width, scheme):
+@pytest.mark.parametrize("kinds", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["each kind", "the others"])
+def test_every_page_reads_well(served, browser, kinds):
+    "On a wide screen and a narrow one, by day and by night"
     url, out = served
-    page, errors, foreign = look(browser, url, width, color_scheme=scheme)
-    for path in sorted(out.rglob("*.html")):
-        page.goto(f"{url}/{path.relative_to(out)}")
-        name = path.relative_to(out)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the screen"
+    page, errors, foreign = look(browser, url)
+    names = {path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.html")}
+    assert names > set(KINDS)
+    looks = [("light", 1280), ("dark", 390)]
+    for name in KINDS if kinds else sorted(names - set(KINDS)):
+        for scheme, width in looks:  # loaded as the one, turned to the other
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 850})
+            if (scheme, width) == looks[0]: page.goto(f"{url}/{name}.html")
+            page.wait_for_function(WHITE, arg=scheme == "light")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, f"{name} is wider than the screen"
+            if kinds: assert page.evaluate(CONTRAST) == {}, f"{scheme}: {name}"
+        looks.reverse()
         whole = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
         assert whole, f"{name}: a picture is missing"
         assert page.evaluate("document.querySelector('main').innerText.length") > 40, f"{name} is empty"
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
+    assert not errors and not foreign, (errors[:5], foreign[:5])
+    page.close()
+
+
+@on_site
+def test_a_folder_is_read_and_searched_without_a_mouse_and_with_nothing_that_serves_it(site, browser):
+    page, errors, foreign = look(browser, site.as_uri())
+    page.goto((site / "tutorials/02_reading_a_loss_curve.html").as_uri())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip-link"
+    page.fill("#quarto-search input", "temperature")
+    page.wait_for_selector(".smalldocs-search-results a")
     assert not errors and not foreign, (errors[:5], foreign[:5])
     page.close()
 

@@ -14,6 +14,8 @@ from llm_trainer.model.huggingface import load_model
 from llm_trainer.training.checkpoint import verify
 from llm_trainer.training.distributed import Group, choose, owners, save_together
 
+pytestmark = pytest.mark.xdist_group("worlds")
+
 
 # -- What needs no second process --
 
@@ -134,7 +136,8 @@ def two(root, one):
                                    dict(name="roomless", epochs=2, memory=2**20,
                                         changes=QUIET | CASES["narrow"] | dict(batch_size=4, grad_accum_steps=2,
                                                                                strategy="fsdp")),
-                                   dict(name="hindered", changes=QUIET | dict(strategy="ddp"), slow={"1": 0.2})])
+                                   dict(name="hindered", changes=QUIET | dict(strategy="ddp", max_steps=4),
+                                        slow={"1": 0.2})])
 
 
 @pytest.fixture(scope="module")

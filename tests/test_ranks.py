@@ -121,13 +121,13 @@ def test_each_gpu_is_chosen_by_its_number_and_one_that_is_not_there_is_refused(m
     assert worker.take_device("cuda:0") == "cpu" and chosen == [1, 0]  # a driver was seen, and torch is one for CPUs
 
 
-@pytest.mark.parametrize("devices", [None, "2"])
+@pytest.mark.parametrize("devices", [None, pytest.param("2", marks=pytest.mark.slow)])
 def test_a_driver_without_a_torch_that_uses_it_means_a_cpu(space, monkeypatch, devices):
     monkeypatch.setattr(process, "accelerator", lambda: "cuda")
     config = tiny(max_steps=3, device="auto")
     from llm_trainer.cli import estimate
     if not torch_uses_cuda():
-        assert estimate.estimate(config, space, devices)["device"]["device"] == "cpu"
+        for some in (None, "2"): assert estimate.estimate(config, space, some)["device"]["device"] == "cpu"
         run = launch.start(config, space, "guessed", devices=devices, background=False)
         assert worker.work(run, space) == 0 and run.state().device == "cpu" and run.state().step == 3
         assert {rank["device"] for rank in run.state().ranks} <= {"cpu"}

@@ -2,7 +2,6 @@
 import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -198,56 +197,6 @@ def test_every_export_says_what_it_is_and_what_it_takes():
                     if arg.arg not in ("self", "cls") and not explained:
                         wrong.append(f"{path.stem}.{thing.name}({arg.arg})")
     assert not wrong
-
-
-# In a browser, from the folder, with nothing that serves it
-
-CONTRAST = """() => {
-  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 ? m : [...m, 1]; };
-  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-    return .2126 * r + .7152 * g + .0722 * b; };
-  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
-  const ground = e => { const all = [];
-    for (let n = e; n; n = n.parentElement) {
-      const c = parse(getComputedStyle(n).backgroundColor);
-      all.push(c);
-      if (c[3] === 1) break;
-    }
-    return all.reverse().reduce((below, c) => over(c, below), [255, 255, 255]); };
-  const faint = {}, walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const e = walk.currentNode.parentElement, s = getComputedStyle(e);
-    if (!walk.currentNode.textContent.trim() || !e.getClientRects().length) continue;
-    if (e.closest('script,style,svg,.skip-link')) continue;
-    const below = ground(e), a = light(over(parse(s.color), below)) + .05, b = light(below) + .05;
-    const big = parseFloat(s.fontSize) >= 24 || (parseFloat(s.fontSize) >= 18.66 && +s.fontWeight >= 700);
-    if (Math.max(a, b) / Math.min(a, b) < (big ? 3 : 4.5))
-      faint[e.tagName + ' ' + s.color] = walk.currentNode.textContent.trim();
-  }
-  return faint; }"""
-
-
-@pytest.mark.browser
-def test_the_pages_are_read_searched_and_passed_through_without_a_mouse(site):
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None: pytest.skip("no Chromium here: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=300_000)
-        for scheme in ("light", "dark"):
-            page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
-            for name in ("index", "commands", "filters", "tutorials/02_reading_a_loss_curve"):
-                page.goto((site / f"{name}.html").as_uri())
-                assert page.evaluate(CONTRAST) == {}, f"{scheme}: {name}"
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.className") == "skip-link"
-        page.fill("#quarto-search input", "temperature")
-        page.wait_for_selector(".smalldocs-search-results a", timeout=300_000)
-        page.set_viewport_size({"width": 390, "height": 800})
-        for name in ("index", "commands", "configuration", "filters"):
-            page.goto((site / f"{name}.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
-        browser.close()
 
 
 def test_each_source_link_has_its_line_and_each_picture_its_words(site):

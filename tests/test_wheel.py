@@ -26,8 +26,11 @@ def build(source):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     wheel, = (source / "dist").glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(source / "unzipped")
-    return source / "unzipped"
+    unzipped = source / "unzipped"
+    zipfile.ZipFile(wheel).extractall(unzipped)
+    code = "import llm_trainer; print(llm_trainer.__file__)"
+    assert Path(said(unzipped, source.parent, "-c", code).stdout.strip()).is_relative_to(unzipped)
+    return unzipped
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +48,12 @@ def unzipped(clone): return build(clone)
 
 
 def said(unzipped, cwd, *argv):
-    "What the program of a wheel says, far from the checkout"
-    how = dict(cwd=cwd, env={**os.environ, "PYTHONPATH": str(unzipped)}, capture_output=True, text=True)
-    at = subprocess.run([sys.executable, "-c", "import llm_trainer; print(llm_trainer.__file__)"], check=True, **how)
-    assert Path(at.stdout.strip()).is_relative_to(unzipped)
-    return subprocess.run([sys.executable, "-m", "llm_trainer", *argv], **how)
+    "What a Python that has a wheel says, far from the checkout"
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env={**os.environ, "PYTHONPATH": str(unzipped)},
+                          capture_output=True, text=True)
+
+
+def program(unzipped, cwd, *argv): return said(unzipped, cwd, "-m", "llm_trainer", *argv)
 
 
 def test_every_file_of_the_package_is_in_it(clone, unzipped):
@@ -61,10 +65,10 @@ def test_every_file_of_the_package_is_in_it(clone, unzipped):
 
 
 def test_its_program_has_the_profiles_and_says_how_to_build_the_pages(unzipped, tmp_path):
-    assert "--n_layer" in said(unzipped, tmp_path, "train", "--help").stdout
-    assert said(unzipped, tmp_path, "init").returncode == 0
-    assert "tiny" in said(unzipped, tmp_path, "train", "--config", "unheard-of").stderr
-    done = said(unzipped, tmp_path, "docs", "--print-path")
+    assert "--n_layer" in program(unzipped, tmp_path, "train", "--help").stdout
+    assert program(unzipped, tmp_path, "init").returncode == 0
+    assert "tiny" in program(unzipped, tmp_path, "train", "--config", "unheard-of").stderr
+    done = program(unzipped, tmp_path, "docs", "--print-path")
     assert done.returncode == 3 and "make docs" in done.stderr
 
 
@@ -75,6 +79,6 @@ def test_a_wheel_built_after_make_docs_carries_the_pages(clone, tmp_path):
     for name in ("index", "tutorials/05_resume"): (source / "_docs" / f"{name}.html").write_text("<h1>Here</h1>")
     unzipped = build(source)
     for page in ("index", "tutorials/05_resume"):
-        done = said(unzipped, tmp_path, "docs", page, "--print-path")
+        done = program(unzipped, tmp_path, "docs", page, "--print-path")
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == (unzipped / "llm_trainer" / "site" / f"{page}.html").as_uri()
