@@ -95,7 +95,7 @@ async def until(pilot: Pilot, true: Callable[[], object], seconds: float = LIMIT
     end = time.monotonic() + seconds
     while True:
         late = time.monotonic() > end
-        await pilot.pause()
+        await pilot.pause(0)  # what was sent is handled; without a delay it would also wait for an idle CPU, up to 1 s
         if true(): return
         if late: raise AssertionError(f"it did not happen; the screen shows\n{text_of(pilot.app)}")
         await asyncio.sleep(0.05)
