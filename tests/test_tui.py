@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from textual import events
 from textual.widgets import Input, Select
-from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
-                       text_of, told, until)
+from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, all_heard, press,
+                       settle, shows, text_of, told, until)
 
 from llm_trainer.runs import launch
 from llm_trainer.runs.run import Run
@@ -195,7 +195,7 @@ async def test_keys_typed_ahead_of_a_dialog_that_opens_reach_the_dialog(world):
         type_at_once(pilot, "y", "j", "enter")  # copy the second choice, j standing for down
         await told(pilot, "Copied: next command")
         type_at_once(pilot, "n", "x", "y", "escape")  # a form whose field x and y belong to
-        await until(pilot, lambda: pilot.app.screen is list_of_runs)
+        await until(pilot, lambda: all_heard(pilot.app) and pilot.app.screen is list_of_runs)
 
 
 async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
@@ -485,7 +485,7 @@ async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_res
         put("run-name", "pair")
         await shows(pilot, "3 changed")
         await press(pilot, "ctrl+s", "ctrl+s")
-        await until(pilot, lambda: pilot.app.screen is not screen)
+        await shows(pilot, "/ pair", "Loss")
     launch.stop(run := Run(world.space.runs / "pair"), now=True)
     assert run.config()["training"]["lr"] == 0.00123456789 and ("torch" in sys.modules) == loaded
     assert run.attempts()[-1]["devices"] == ["cpu", "cpu"]
@@ -948,8 +948,8 @@ def writes(screen) -> None:
 
 
 def picture(name: str, size: tuple[int, int] = (80, 24), keys: tuple[str, ...] = (), run: str | None = None,
-            waits: str = "", wants: str = "", recorded: bool = True, then=None):
-    return pytest.param(size, keys, run, waits, wants, recorded, then, id=name)
+            waits: str = "", wants: str = "", recorded: bool = True, then=None, marks=()):
+    return pytest.param(size, keys, run, waits, wants, recorded, then, id=name, marks=marks)
 
 
 PICTURES = [
@@ -957,8 +957,9 @@ PICTURES = [
     picture("empty", waits="No run yet", recorded=False), picture("narrow", (60, 20), waits=RUNNING),
     picture("running", run=RUNNING, waits="validation"),
     picture("running-tall", (110, 40), run=RUNNING, waits="gradient norm"),
-    picture("finished", run=FINISHED, waits="validation"), picture("failed", run=FAILED, waits="oom:"),
-    picture("crashed", run=CRASHED, waits="Its process is gone"),
+    picture("finished", run=FINISHED, waits="validation", marks=pytest.mark.slow),
+    picture("failed", run=FAILED, waits="oom:"),
+    picture("crashed", run=CRASHED, waits="Its process is gone", marks=pytest.mark.slow),
     picture("rates", keys=("2",), run=RUNNING, waits="ETA 32s", wants="gradient norm"),
     picture("samples", keys=("3",), run=RUNNING, waits="ETA 32s", wants="step 200"),
     picture("log", keys=("4",), run=FINISHED, waits="completed", wants="validation loss"),
