@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from textual import events
 from textual.widgets import Input, Select
-from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, press, settle, shows,
-                       text_of, told, until)
+from tui_world import (CONTROL, CRASHED, DIVERGED, FAILED, FINISHED, NOW, RUNNING, STOPPED, World, all_heard, press,
+                       settle, shows, text_of, told, until)
 
 from llm_trainer.runs import launch
 from llm_trainer.runs.run import Run
@@ -195,7 +195,7 @@ async def test_keys_typed_ahead_of_a_dialog_that_opens_reach_the_dialog(world):
         type_at_once(pilot, "y", "j", "enter")  # copy the second choice, j standing for down
         await told(pilot, "Copied: next command")
         type_at_once(pilot, "n", "x", "y", "escape")  # a form whose field x and y belong to
-        await until(pilot, lambda: pilot.app.screen is list_of_runs)
+        await until(pilot, lambda: all_heard(pilot.app) and pilot.app.screen is list_of_runs)
 
 
 async def test_sorting_says_the_order_and_keeps_the_cursor_on_its_run(world):
@@ -446,21 +446,6 @@ async def tiny_form(pilot):
     return screen
 
 
-async def test_the_form_knows_the_bounds_and_names_the_field(world):
-    async with world.app().run_test(size=(100, 30)) as pilot:
-        await shows(pilot, RUNNING)
-        screen = await tiny_form(pilot)
-        screen.query_one("#value-n_embd", Input).value = "33"
-        await shows(pilot, "not valid yet", "must be a multiple of n_head")
-        screen.query_one("#value-n_embd", Input).value = "64"
-        await shows(pilot, "1 changed")
-        await until(pilot, lambda: screen.query_one("#value-n_hidden", Input).placeholder == "256")
-        screen.query_one("#value-lr", Input).value = "fast"
-        await shows(pilot, "must be a number above 0")
-        await press(pilot, "ctrl+s")
-        assert len(list(world.space.runs.iterdir())) == 6
-
-
 async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_rest(world, monkeypatch):
     monkeypatch.chdir(world.space.root)
     loaded = "torch" in sys.modules
@@ -468,42 +453,41 @@ async def test_the_form_refuses_what_the_command_line_refuses_and_starts_the_res
     async with world.app().run_test(size=(100, 30)) as pilot:
         await shows(pilot, RUNNING)
         screen = await tiny_form(pilot)
-        for name, value, says in (("init_from", "nobody", "There is no run nobody"),
-                                  ("init_from", RUNNING, "config.json"), ("dataset", "photo.txt", "is not text")):
-            screen.query_one(f"#value-{name}", Input).value = value
-            await shows(pilot, "1 changed")
-            await press(pilot, "ctrl+s")
-            await shows(pilot, says)
-            screen.query_one(f"#value-{name}", Input).value = screen.query_one(f"#field-{name}").base
-        assert len(list(world.space.runs.iterdir())) == 6
-        screen.query_one("#run-name", Input).value = "fresh"
-        screen.query_one("#value-lr", Input).value = "0.00123456789"
+        def put(name, value): screen.query_one(f"#{name}", Input).value = value
+        # it knows the bounds and names the field
+        put("value-n_embd", "33")
+        await shows(pilot, "not valid yet", "must be a multiple of n_head")
+        put("value-n_embd", "64")
         await shows(pilot, "1 changed")
-        await press(pilot, "ctrl+s", "ctrl+s")
-        await until(pilot, lambda: pilot.app.screen is not screen)
-    launch.stop(run := Run(world.space.runs / "fresh"), now=True)
-    assert run.config()["training"]["lr"] == 0.00123456789 and ("torch" in sys.modules) == loaded
-
-
-async def test_the_form_takes_devices_and_refuses_them_in_the_words_of_the_command_line(world, monkeypatch):
-    monkeypatch.chdir(world.space.root)
-    async with world.app().run_test(size=(100, 30)) as pilot:
-        await shows(pilot, RUNNING)
-        screen = await tiny_form(pilot)
-        screen.query_one("#value-device", Input).value = "cpu"
+        await until(pilot, lambda: screen.query_one("#value-n_hidden", Input).placeholder == "256")
+        put("value-lr", "fast")
+        await shows(pilot, "must be a number above 0")
+        await press(pilot, "ctrl+s")
+        put("value-lr", "0.00123456789")
+        # devices, in the words of the command line
+        put("value-device", "cpu")
         for value, says in (("two", "--devices takes a number, a list such as 0,2, or auto; not 'two'."),
                             ("0,1", "--devices 0,1 lists GPUs, and this run uses cpu."),
                             ("3", "3 devices can't share")):
-            screen.query_one("#devices", Input).value = value
+            put("devices", value)
             await shows(pilot, "not valid yet", says)
             await press(pilot, "ctrl+s")
+        put("devices", "2")
+        # what only a look at the files can tell
+        for name, value, says in (("init_from", "nobody", "There is no run nobody"),
+                                  ("init_from", RUNNING, "config.json"), ("dataset", "photo.txt", "is not text")):
+            put(f"value-{name}", value)
+            await shows(pilot, "4 changed")
+            await press(pilot, "ctrl+s")
+            await shows(pilot, says)
+            put(f"value-{name}", screen.query_one(f"#field-{name}").base)
         assert len(list(world.space.runs.iterdir())) == 6
-        screen.query_one("#devices", Input).value = "2"
-        screen.query_one("#run-name", Input).value = "pair"
-        await shows(pilot, "1 changed")
-        await press(pilot, "ctrl+s")
-        await until(pilot, lambda: pilot.app.screen is not screen)
+        put("run-name", "pair")
+        await shows(pilot, "3 changed")
+        await press(pilot, "ctrl+s", "ctrl+s")
+        await shows(pilot, "/ pair", "Loss")
     launch.stop(run := Run(world.space.runs / "pair"), now=True)
+    assert run.config()["training"]["lr"] == 0.00123456789 and ("torch" in sys.modules) == loaded
     assert run.attempts()[-1]["devices"] == ["cpu", "cpu"]
 
 
@@ -605,18 +589,43 @@ DAMAGE = {
     "notes.txt": [b"\xff" * 100]}
 
 
+LOOKED_AT = {"state.json": (1, 5, 6, 8), "meta.json": (2, 3)}  # a kind each; of the others, all in one run
+
+
+def damaged(world, run, **files):
+    shutil.copytree(world.space.runs / FINISHED, world.space.runs / run)
+    for name, content in files.items(): (world.space.runs / run / name).write_bytes(content)
+    return run
+
+
+async def look_at(pilot, run, dated):
+    pilot.app.open_run(run)
+    await shows(pilot, run, "Loss")
+    await until(pilot, lambda: pilot.app.screen.row.created or not dated)
+    await press(pilot, "3", "5", "6", "escape")
+
+
+async def test_damaged_files_are_shown_as_far_as_they_go(world):
+    "All in the list, a kind each on the screens"
+    runs = {(name, i): damaged(world, f"{name.partition('.')[0]}-{i}", **{name: content})
+            for name in DAMAGE for i, content in enumerate(DAMAGE[name])}
+    lines = damaged(world, "lines", **{name: b"\n".join(DAMAGE[name]) for name in DAMAGE if name not in LOOKED_AT})
+    for run in runs.values():
+        assert RunReader(Run(world.space.runs / run), world.space, lambda: NOW).poll().row.id == run
+    async with world.app(interval=0.2).run_test() as pilot:
+        await shows(pilot, f"{6 + len(runs) + 1} runs")
+        for name in LOOKED_AT:
+            for i in LOOKED_AT[name]: await look_at(pilot, runs[name, i], dated=False)
+        await look_at(pilot, lines, dated=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGE)
-async def test_damaged_files_are_shown_as_far_as_they_go(world, name):
-    for i, content in enumerate(DAMAGE[name]):
-        shutil.copytree(world.space.runs / FINISHED, world.space.runs / f"bad-{i}")
-        (world.space.runs / f"bad-{i}" / name).write_bytes(content)
+async def test_each_damaged_file_is_shown_as_far_as_it_goes(world, name):
+    runs = [damaged(world, f"bad-{i}", **{name: content}) for i, content in enumerate(DAMAGE[name])]
     async with world.app().run_test() as pilot:
-        await shows(pilot, f"{6 + len(DAMAGE[name])} runs")
-        for i in range(len(DAMAGE[name])):
-            pilot.app.open_run(f"bad-{i}")
-            await shows(pilot, f"bad-{i}", "Loss")
-            await until(pilot, lambda: pilot.app.screen.row.created or name in ("state.json", "meta.json"))
-            await press(pilot, "3", "5", "6", "escape")
+        await shows(pilot, f"{6 + len(runs)} runs")
+        for run in runs: await look_at(pilot, run, dated=name not in LOOKED_AT)
 
 
 async def test_folders_that_are_no_runs_and_files_that_are_no_files(world):
@@ -683,31 +692,36 @@ HOSTILE = [f"a{before}{trick}{after}z" for trick in TRICKS for before in ("", "[
            for after in ("", "]", "\x1b[0m")]
 
 
-def everywhere(text: str) -> dict:
-    "A state with the text in every field that holds text"
-    return {"status": "failed", "phase": text, "device": text, "step": 1, "steps": 2,
-            "created_at": "2026-05-01T00:00:00Z",
-            "reason": {"code": text, "message": text}, "loss_history": [text, 1, 2]}
+ONCE = [HOSTILE[12 * i + 5 * i % 12] for i in range(len(TRICKS))]  # each trick, in the surroundings by turns
 
 
-async def test_hostile_text_reaches_no_terminal_and_is_no_markup(empty):
-    assert len(HOSTILE) > 300
-    groups = [HOSTILE[i:i + 63] for i in range(0, len(HOSTILE), 63)]
-    for i, group in enumerate(groups):
-        folder = empty.space.runs / f"bad-{i}"
-        folder.mkdir()
-        text = " ".join(group)
-        (folder / "state.json").write_text(json.dumps(everywhere(text)))
-        (folder / "meta.json").write_text(json.dumps({"config": {"data": {"dataset": text, text: text},
-                                                                 "training": {"lr": text}},
-                                                      "device": {"name": text, "type": text}, "note": text}))
-        (folder / "notes.txt").write_bytes(text.encode("utf-8", "replace"))
-        (folder / "train.log").write_bytes("\n".join(group).encode("utf-8", "surrogatepass"))
-        (folder / "samples.jsonl").write_text("".join(json.dumps({"step": 1, "prompt": each, "text": each}) + "\n"
-                                                      for each in group))
-        (folder / "metrics.jsonl").write_text(json.dumps({"kind": text, "step": 1, "loss": text}) + "\n")
+def hostile(folder, texts):
+    "A run with the texts in every field that holds text; each field starts with another one, as most are cut"
+    folder.mkdir()
+    turn = iter(range(0, 1000, 5))
+    def text(): return " ".join(texts[(at := next(turn) % len(texts)):] + texts[:at])
+    (folder / "state.json").write_text(json.dumps({
+        "status": "failed", "phase": text(), "device": text(), "step": 1, "steps": 2,
+        "created_at": "2026-05-01T00:00:00Z", "reason": {"code": text(), "message": text()},
+        "loss_history": [text(), 1, 2]}))
+    (folder / "meta.json").write_text(json.dumps({
+        "config": {"data": {"dataset": text(), text(): text()}, "training": {"lr": text()}},
+        "device": {"name": text(), "type": text()}, "note": text()}))
+    (folder / "notes.txt").write_bytes(text().encode("utf-8", "replace"))
+    (folder / "train.log").write_bytes("\n".join(texts).encode("utf-8", "surrogatepass"))
+    (folder / "samples.jsonl").write_text("".join(json.dumps({"step": 1, "prompt": each, "text": each}) + "\n"
+                                                  for each in texts))
+    (folder / "metrics.jsonl").write_text(json.dumps({"kind": text(), "step": 1, "loss": text()}) + "\n")
+
+
+@pytest.mark.parametrize("groups", [
+    pytest.param([ONCE], id="each-once"),
+    pytest.param([HOSTILE[i:i + 63] for i in range(0, len(HOSTILE), 63)], id="all", marks=pytest.mark.slow)])
+async def test_hostile_text_reaches_no_terminal_and_is_no_markup(empty, groups):
+    assert len(HOSTILE) > 300 and all(any(trick in text for text in ONCE) for trick in TRICKS)
+    for i, group in enumerate(groups): hostile(empty.space.runs / f"bad-{i}", group)
     async with empty.app().run_test(size=(100, 36)) as pilot:
-        await shows(pilot, f"{len(groups)} runs")
+        await shows(pilot, f"{len(groups)} run")
         seen = [text_of(pilot.app)]
         for i in range(len(groups)):
             pilot.app.open_run(f"bad-{i}")
@@ -934,8 +948,8 @@ def writes(screen) -> None:
 
 
 def picture(name: str, size: tuple[int, int] = (80, 24), keys: tuple[str, ...] = (), run: str | None = None,
-            waits: str = "", wants: str = "", recorded: bool = True, then=None):
-    return pytest.param(size, keys, run, waits, wants, recorded, then, id=name)
+            waits: str = "", wants: str = "", recorded: bool = True, then=None, marks=()):
+    return pytest.param(size, keys, run, waits, wants, recorded, then, id=name, marks=marks)
 
 
 PICTURES = [
@@ -943,8 +957,9 @@ PICTURES = [
     picture("empty", waits="No run yet", recorded=False), picture("narrow", (60, 20), waits=RUNNING),
     picture("running", run=RUNNING, waits="validation"),
     picture("running-tall", (110, 40), run=RUNNING, waits="gradient norm"),
-    picture("finished", run=FINISHED, waits="validation"), picture("failed", run=FAILED, waits="oom:"),
-    picture("crashed", run=CRASHED, waits="Its process is gone"),
+    picture("finished", run=FINISHED, waits="validation", marks=pytest.mark.slow),
+    picture("failed", run=FAILED, waits="oom:"),
+    picture("crashed", run=CRASHED, waits="Its process is gone", marks=pytest.mark.slow),
     picture("rates", keys=("2",), run=RUNNING, waits="ETA 32s", wants="gradient norm"),
     picture("samples", keys=("3",), run=RUNNING, waits="ETA 32s", wants="step 200"),
     picture("log", keys=("4",), run=FINISHED, waits="completed", wants="validation loss"),

@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from textual import events
+from textual._wait import wait_for_idle
+from textual.keys import _character_to_key
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
 
@@ -95,8 +98,8 @@ async def until(pilot: Pilot, true: Callable[[], object], seconds: float = LIMIT
     end = time.monotonic() + seconds
     while True:
         late = time.monotonic() > end
-        await pilot.pause()
-        if true(): return
+        await pilot.pause(0)
+        if true(): return await wait_for_idle(0, 0.2)  # it paints; what polls is never idle, and no limit means 1 s
         if late: raise AssertionError(f"it did not happen; the screen shows\n{text_of(pilot.app)}")
         await asyncio.sleep(0.05)
 
@@ -107,11 +110,17 @@ async def shows(pilot: Pilot, *parts: str, seconds: float = LIMIT) -> str:
     return text_of(pilot.app)
 
 
+def all_heard(app: WatchApp) -> bool:
+    "Has every key that was typed done what it does?"
+    return not app.typed.waiting and (app.typed.task is None or app.typed.task.done())
+
+
 async def press(pilot: Pilot, *keys: str) -> None:
     "Type like somebody who looks: a screen that a key opens is there, and has the focus, before the next key"
+    app = pilot.app
     for key in keys:
-        await pilot.press(key)
-        await until(pilot, lambda: (screen := pilot.app.screen).is_mounted
+        app.post_message(events.Key(_character_to_key(key), key) if len(key) == 1 else events.Key(key, None))
+        await until(pilot, lambda: all_heard(app) and (screen := app.screen).is_mounted
                     and (screen.focused or not screen.focus_chain))
 
 
