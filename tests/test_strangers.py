@@ -25,8 +25,8 @@ from llm_trainer.system import locks, process
 
 # Signals
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
-                                    signal.SIGALRM])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, *(
+    pytest.param(signum, marks=pytest.mark.slow) for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM))])
 def test_a_signal_that_would_end_a_process_saves_and_stops(space, signum):  # noqa: F811
     run, process = stand_in(space, "training", 1)
     process.send_signal(signum)
@@ -115,7 +115,8 @@ def test_a_reader_gets_every_line(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["logs", "one", "--lines", "20000"], ["logs", "one", "--follow"],
-                                   ["status", "--watch"], ["prepare", "--config", "tiny", "--show", "2"]],
+                                   ["status", "--watch"], pytest.param(
+                                       ["prepare", "--config", "tiny", "--show", "2"], marks=pytest.mark.slow)],
                          ids=" ".join)
 def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa: F811
     "As when its pager is not read, or Ctrl-S was pressed"
@@ -259,32 +260,32 @@ def test_a_run_whose_lock_is_removed_goes_on_and_keeps_others_out(space):  # noq
     assert not run.locked
 
 
-@pytest.mark.parametrize("replace", [
-    lambda lock: lock.symlink_to("lock"), os.mkfifo, lambda lock: lock.symlink_to("/dev/null")])
-def test_what_took_the_place_of_a_lock_keeps_no_run_from_it(space, replace):  # noqa: F811
-    run, process = stand_in(space, "training", 10**6)
-    lock = run.folder / "lock"
-    lock.unlink()
-    replace(lock)
-    until(lambda: run.locked and lock.is_file() and not lock.is_symlink())
-    assert launch.stop(run).status == "stopped" and process.wait() == 0 and run.state().checkpoint_step == 1
+def test_what_took_the_place_of_a_lock_keeps_no_run_from_it(space):  # noqa: F811
+    ways = os.mkfifo, lambda lock: lock.symlink_to("lock"), lambda lock: lock.symlink_to("/dev/null")
+    begun = [stand_in(space, "training", 10**6) for _ in ways]
+    for (run, _), replace in zip(begun, ways):
+        (lock := run.folder / "lock").unlink()
+        replace(lock)
+    def locked(run): return run.locked and (lock := run.folder / "lock").is_file() and not lock.is_symlink()
+    until(lambda: all(locked(run) for run, _ in begun))
+    for run, child in begun:
+        assert launch.stop(run).status == "stopped" and child.wait() == 0 and run.state().checkpoint_step == 1
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_a_run_whose_lock_others_have_ends_with_a_checkpoint(space, held):  # noqa: F811
-    run, process = stand_in(space, "training", 10**6)
-    lock = run.folder / "lock"
-    lock.unlink()
-    if held:
-        other = locks.Lock(lock)
+def test_a_run_whose_lock_others_have_ends_with_a_checkpoint(space):  # noqa: F811
+    begun = [stand_in(space, "training", 10**6) for _ in range(2)]
+    held, folder = (run.folder / "lock" for run, _ in begun)
+    for lock in held, folder: lock.unlink()
+    folder.mkdir()
+    with locks.Lock(held) as other:
         assert other.acquire()
-    else: lock.mkdir()
-    assert process.wait() == 1
-    state = run.status()
-    assert (state.status, state.reason["code"], state.checkpoint_step) == ("failed", "lock", 1)
-    if held: other.release()
-    else: lock.rmdir()
-    assert f"llm-trainer resume {run.id}" in state.reason["message"] and launch.plan_resume(run, space)
+        for run, child in begun:
+            assert child.wait() == 1
+            state = run.status()
+            assert (state.status, state.reason["code"], state.checkpoint_step) == ("failed", "lock", 1)
+    folder.rmdir()
+    for run, _ in begun:
+        assert f"llm-trainer resume {run.id}" in run.status().reason["message"] and launch.plan_resume(run, space)
 
 
 def test_a_run_that_another_process_trains_by_now_writes_no_more(space):  # noqa: F811
