@@ -329,16 +329,23 @@ def older(folder):
     return folder
 
 
-def test_a_vocabulary_of_an_older_form_is_refused_with_the_line_that_writes_it_anew(tmp_path):
+def in_this_process(line: str, monkeypatch) -> str:
+    "Runs a line of a message, python -c CODE …; gives its last word"
+    _, *argv = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [argv[0], *argv[2:]])
+    exec(argv[1], {})
+    return argv[-1]
+
+
+def test_a_vocabulary_of_an_older_form_is_refused_with_the_line_that_writes_it_anew(tmp_path, monkeypatch):
     before = chat_folder(tmp_path / "before", "gpt2")
     shutil.copytree(before, tmp_path / "old one")
     with pytest.raises(UsageError, match="as older programs wrote it") as refused:
         Tokenizer.load(older(tmp_path / "old one"))
-    line = shlex.split(str(refused.value).splitlines()[-1])
-    ran = subprocess.run([sys.executable, *line[1:]], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert Tokenizer.load(tmp_path / line[-1]).encode(TEXT) == Tokenizer.load(before).encode(TEXT)
-    assert difference(tmp_path / line[-1], AutoModelForCausalLM.from_pretrained(before).eval()) < 1e-4
+    monkeypatch.chdir(tmp_path)
+    anew = tmp_path / in_this_process(str(refused.value).splitlines()[-1], monkeypatch)
+    assert Tokenizer.load(anew).encode(TEXT) == Tokenizer.load(before).encode(TEXT)
+    assert difference(anew, AutoModelForCausalLM.from_pretrained(before).eval()) < 1e-4
 
 
 # ---- tokens: a conversation reads the same before and after
@@ -636,9 +643,7 @@ def test_a_tokenizer_of_two_meanings_is_no_beginning(space, tmp_path, monkeypatc
     shutil.copytree(folder, other := tmp_path / "other")
     def begun(folder): return main(["train", *TINY, "--dry-run", "--init-from", str(folder), "--seq-len", "32"])
     assert begun(folder) == 2 and "has two meanings: tokenizer_class" in (told := capsys.readouterr().err), told
-    python, c, code, *argv = shlex.split(told.splitlines()[-1])
-    monkeypatch.setattr(sys, "argv", [c, *argv])
-    exec(code, {})
+    in_this_process(told.splitlines()[-1], monkeypatch)
     (other / "tokenizer_config.json").write_text(json.dumps(said | dict(tokenizer_class="PreTrainedTokenizerFast")))
     for mended in (folder, other): assert begun(mended) == 0, capsys.readouterr().err
     tokenizer = Tokenizer.load(folder)
@@ -656,16 +661,16 @@ def test_the_plan_of_a_model_of_600_million_parameters_is_quick(space, tmp_path)
     "Nothing of its weights is read, and the speed is measured on a slice of it"
     folder = chat_folder(tmp_path / "model", "qwen")
     (folder / "config.json").write_text(json.dumps(dict(
-        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=38, num_attention_heads=16,
         num_key_value_heads=8,
-        head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_theta=1000000, rms_norm_eps=1e-6,
+        head_dim=128, vocab_size=4096, max_position_embeddings=40960, rope_theta=1000000, rms_norm_eps=1e-6,
         tie_word_embeddings=True)))
-    short = ["--batch-size", "1", "--seq-len", "64"]
+    short = ["--batch-size", "1", "--seq-len", "512"]
     ran = program(space, "train", "--config", "tiny", *short, "--dry-run", "--json", "--init-from", str(folder))
     assert ran.returncode == 0, ran.stderr
     plan = json.loads(ran.stdout)
-    assert (plan["parameters"], plan["vocab_size"]) == (596_049_920, 151936)
-    assert plan["config"]["model"]["seq_len"] == 64
+    assert (plan["parameters"], plan["vocab_size"]) == (601_971_200, 4096)
+    assert plan["config"]["model"]["seq_len"] == 512
 
 
 def test_a_folder_that_brings_code_is_not_run_to_see_how_its_tokenizer_reads(tmp_path, monkeypatch):
