@@ -173,20 +173,19 @@ DAMAGED = {"torn": b"[llm_trainer\ndata = data\n", "twice": b"[llm_trainer]\ndat
 
 
 @pytest.mark.parametrize("what", DAMAGED)
-def test_damaged_settings_are_not_passed_over_and_the_command_of_the_message_helps(space, what):
+def test_damaged_settings_are_not_passed_over_and_the_command_of_the_message_helps(space, what, monkeypatch, capsys):
     sub = space.root / "sub"
     sub.mkdir()
+    monkeypatch.chdir(sub)
     make = DAMAGED[what]
     (sub / "settings.ini").write_bytes(make) if isinstance(make, bytes) else make(sub / "settings.ini")
-    def say(command):
-        command = command.replace("llm-trainer", shlex.join(PROGRAM))
-        return subprocess.run(["sh", "-c", command], cwd=sub, capture_output=True, text=True, timeout=60,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
-    for command in "llm-trainer runs", "llm-trainer status", "llm-trainer init":
-        said = say(command)
-        assert said.returncode == 2 and f"{sub / 'settings.ini'} can't be read: " in said.stderr and not said.stdout
-    assert say(said.stderr.partition("make a new one: ")[2].partition("\n")[0]).returncode == 0
-    assert say("llm-trainer runs").returncode == 0 and os.path.lexists(sub / "settings.ini.old")
+    for command in "runs", "status", "init":
+        assert cli.main([command]) == 2
+        out, said = capsys.readouterr()
+        assert f"{sub / 'settings.ini'} can't be read: " in said and not out
+    way = said.partition("make a new one: ")[2].partition("\n")[0].replace("llm-trainer", shlex.join(PROGRAM))
+    subprocess.run(["sh", "-c", way], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert cli.main(["runs"]) == 0 and os.path.lexists(sub / "settings.ini.old")
 
 
 @pytest.mark.parametrize("content", [b"", b"[other]\nx = 1\n", b"x = 1\n", b"\xff\n"])
@@ -531,21 +530,29 @@ def test_generate(trained, monkeypatch, capsys, tmp_path):
     assert code == 2 and "exclude each other" in err
 
 
+LONG = ["generate", "done", "--prompt=The ", "--seed=3", "--max-new-tokens=900", "--ignore-eot", "--threads=1"]
+
+
+@pytest.fixture(scope="module")
+def long_text(trained, tmp_path_factory):
+    "What is written for these words where there is room"
+    file = tmp_path_factory.mktemp("whole") / "text"
+    assert program(trained, *LONG, f"--output={file}").returncode == 0
+    return file.read_bytes().decode()
+
+
 @pytest.mark.parametrize("output, json_too", [("old.txt", False), ("/dev/full", False), ("pipe", False),
                                               ("old.txt", True)])
-def test_a_text_that_finds_no_room_is_not_lost(trained, tmp_path, output, json_too):
+def test_a_text_that_finds_no_room_is_not_lost(trained, long_text, tmp_path, output, json_too):
     "Nor is the text that was there"
     (tmp_path / "old.txt").write_text("the old text")
     os.mkfifo(tmp_path / "pipe")
-    words = ["generate", "done", "--prompt=The ", "--seed=3", "--max-new-tokens=900", "--ignore-eot", "--threads=1",
-             *["--json"] * json_too]
-    assert program(trained, *words, f"--output={tmp_path / 'whole'}").returncode == 0
-    text = (tmp_path / "whole").read_bytes().decode()
-    where = dict(cwd=tmp_path, home=trained.root)
-    said = small_disk(1, *words, f"--output={output}", "--force", **where)
+    said = small_disk(1, *LONG, *["--json"] * json_too, f"--output={output}", "--force", cwd=tmp_path,
+                      home=trained.root)
     assert said.returncode == 1 and said.stderr.rstrip().endswith(f": {output}") and "Traceback" not in said.stderr
-    assert json.loads(said.stdout)["texts"][0]["text"] == text if json_too else said.stdout == f"{clean(text)}\n"
-    assert (tmp_path / "old.txt").read_text() == "the old text" and len(list(tmp_path.iterdir())) == 3
+    assert json.loads(said.stdout)["texts"][0]["text"] == long_text if json_too else (
+        said.stdout == f"{clean(long_text)}\n")
+    assert (tmp_path / "old.txt").read_text() == "the old text" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_many_prompts(trained, monkeypatch, capsys, tmp_path):
@@ -615,7 +622,7 @@ def test_interactive(trained):
 def test_who_waits_for_another_reads_so_while_waiting(space):
     (space.root / "a.txt").write_text("One word after another. " * 400)
     prepare = [*PROGRAM, "prepare", "--config", "tiny", "--dataset", "a.txt"]
-    subprocess.run(prepare, check=True, capture_output=True)
+    assert program(space, *prepare[len(PROGRAM):]).returncode == 0
     folder, = [f.parent for f in space.data.glob("tokens-*/meta.json")]
     shutil.rmtree(folder)
     with locks.Lock(folder.with_name(f".{folder.name}.lock")) as held:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load, save
 
@@ -63,8 +64,7 @@ def test_a_device_that_does_not_exist_is_refused():
 
 def test_hidden_gpus_are_told_apart_from_missing_ones():
     code = "from llm_trainer.device import why_not; print(why_not('cuda'))"
-    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout.strip()
+    seen = warm.program(Path(), code=code, CUDA_VISIBLE_DEVICES="").stdout.strip()
     assert seen in ("this PyTorch is built without CUDA", "no NVIDIA driver found",
                     "CUDA_VISIBLE_DEVICES hides every GPU")
 
@@ -141,6 +141,9 @@ import os, sys
 from llm_trainer.device import available_threads, total_memory
 from llm_trainer.generation.serve import _memory
 import torch
+del os.environ["OMP_NUM_THREADS"]
+for group in sys.argv[1:]:
+    with open(f"{group}/cgroup.procs", "w") as f: f.write(str(os.getpid()))
 print(available_threads(), total_memory("cpu") // 10**8, _memory(torch.device("cpu")) // 10**7)
 """
 V1_GROUPS = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup/cpu")]
@@ -156,10 +159,7 @@ def test_a_real_control_group_limits_memory_threads_and_what_a_server_keeps():
         for group in inner: group.mkdir(parents=True)
         (groups[0] / "memory.limit_in_bytes").write_text("2000000000")
         (groups[1] / "cpu.cfs_quota_us").write_text("50000")
-        join = "; ".join(f"echo $$ > {group}/cgroup.procs" for group in inner)
-        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        done = subprocess.run(["sh", "-c", f'{join}; exec "$@"', "sh", sys.executable, "-c", LIMITS], text=True,
-                              capture_output=True, env=env)
+        done = warm.program(Path(), *inner, code=LIMITS)
         assert done.stdout.split() == ["1", "19", "24"], done.stderr
     finally:
         for group in (*inner, *groups):

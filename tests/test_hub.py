@@ -60,7 +60,7 @@ def hub():
         yield hub
 
 
-def test_a_dataset_is_fetched_once_and_then_ours(hub, tmp_path):
+def test_a_dataset_is_fetched_once_and_then_ours_and_streaming_gives_the_same(hub, tmp_path):
     first = opening(hub.url, tmp_path, "someone/tales")
     assert first["train"] == [row["story"] for row in TALES["train"]] and first["val"] == ["A tale held out."]
     assert first["rule"] == "own" and first["library"] and "someone/tales" in first["said"][0]
@@ -72,14 +72,9 @@ def test_a_dataset_is_fetched_once_and_then_ours(hub, tmp_path):
     file.write_bytes(file.read_bytes().replace(b"Tale 7", b"Tail 7", 1))  # damaged: it is fetched again
     mended = opening(hub.url, tmp_path, "someone/tales")
     assert mended["fingerprint"] == first["fingerprint"] and any("made again" in said for said in mended["said"])
-
-
-def test_streaming_gives_the_same(hub, tmp_path):
-    (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    one = opening(hub.url, tmp_path / "a", "someone/tales")
-    two = opening(hub.url, tmp_path / "b", "someone/tales", streaming=True)
-    assert one["fingerprint"] == two["fingerprint"] and one["train"] == two["train"]
+    streamed = opening(hub.url, tmp_path / "b", "someone/tales", streaming=True)
+    assert streamed["fingerprint"] == first["fingerprint"] and streamed["train"] == first["train"]
 
 
 def test_names_columns_and_configurations(hub, tmp_path):

@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import os
 import queue
 import random
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import warm
 from hypothesis import given, settings, strategies as st
 from llm_trainer.generation import sampler
 from llm_trainer.config import ModelConfig
@@ -128,7 +128,7 @@ def test_counts_are_of_what_was_written_only():
     torch.testing.assert_close(got, torch.tensor([[0.0, -0.75, -1.0, 0.0]]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40), st.floats(0, 1 - 2**-23, width=32), st.data())
 def test_a_struck_token_is_never_drawn(scores, u, data):
     struck = data.draw(st.sets(st.integers(0, len(scores) - 1), max_size=len(scores) - 1))
@@ -413,9 +413,7 @@ def test_the_child_process_takes_the_device_of_the_workspace(tokenizer, tmp_path
     save_weights(wild("qwen3"), tmp_path, 256)
     tokenizer.save(tmp_path)
     (tmp_path / "settings.ini").write_text("[llm_trainer]\ndevice = nonesuch")
-    done = subprocess.run([sys.executable, "-m", "llm_trainer.generation.child", str(tmp_path)], input="",
-                          capture_output=True,
-                          text=True, timeout=120, env={**os.environ, "LLM_TRAINER_HOME": str(tmp_path)})
+    done = warm.program(tmp_path, tmp_path, code="from llm_trainer.generation.child import main; exit(main())")
     assert done.returncode == 2 and "settings.ini asks for the device 'nonesuch'" in json.loads(done.stdout)["error"]
 
 

@@ -25,8 +25,8 @@ from llm_trainer.system import locks, process
 
 # Signals
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
-                                    signal.SIGALRM])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, *(
+    pytest.param(signum, marks=pytest.mark.slow) for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM))])
 def test_a_signal_that_would_end_a_process_saves_and_stops(space, signum):  # noqa: F811
     run, process = stand_in(space, "training", 1)
     process.send_signal(signum)
@@ -114,24 +114,27 @@ def test_a_reader_gets_every_line(tmp_path):
     assert len(found) == 2000 and found[-1].startswith("line 1999 ")
 
 
-@pytest.mark.parametrize("words", [["logs", "one", "--lines", "20000"], ["logs", "one", "--follow"],
-                                   ["status", "--watch"], ["prepare", "--config", "tiny", "--show", "2"]],
-                         ids=" ".join)
-def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa: F811
+def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space):  # noqa: F811
     "As when its pager is not read, or Ctrl-S was pressed"
     run = create_run(space.runs, tiny().to_dict(), name="one", locked=True)
     (run.folder / "train.log").write_text("a line of the log\n" * 20000)
-    read, write = full_pipe()
-    child = subprocess.Popen([sys.executable, "-m", "llm_trainer", *words], cwd=space.root, stdin=subprocess.DEVNULL,
-                             stdout=write, stderr=write, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    os.close(write)
-    until(lambda: child.poll() is not None or stands_still(child.pid))
+    commands = "logs one --lines 20000", "logs one --follow", "status --watch", "prepare --config tiny --show 2"
+    reads, children = [], {}
     try:
-        child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 130
-    finally: child.kill()
-    run.lock.release()
-    os.close(read)
+        for words in commands:
+            read, write = full_pipe()
+            reads.append(read)
+            children[words] = subprocess.Popen(
+                [sys.executable, "-m", "llm_trainer", *words.split()], cwd=space.root, stdin=subprocess.DEVNULL,
+                stdout=write, stderr=write, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            os.close(write)
+        until(lambda: stand_still(child.pid for child in children.values() if child.poll() is None))
+        for child in children.values(): child.send_signal(signal.SIGINT)
+        assert {words: child.wait(60) for words, child in children.items()} == dict.fromkeys(commands, 130)
+    finally:
+        for child in children.values(): child.kill()
+        run.lock.release()
+        for read in reads: os.close(read)
 
 
 @pytest.mark.parametrize("then, code, says", [("hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)", 130, "interrupted"),
@@ -139,7 +142,7 @@ def test_ctrl_c_ends_a_command_whose_output_nobody_takes(space, words):  # noqa:
 def test_ctrl_c_ends_what_does_not_hear_it_and_nothing_else(then, code, says):
     words = ("import hashlib, threading, time; from llm_trainer.cli import viewer; viewer.let_go()\n"
              "threading.Timer(0.5, print, ['it has begun'], dict(flush=True)).start()\n"
-             "try: {}\nexcept KeyboardInterrupt: time.sleep(3)")
+             "try: {}\nexcept KeyboardInterrupt: time.sleep(2)")
     with subprocess.Popen([sys.executable, "-c", words.format(then)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, preexec_fn=hears_signals, env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:
         try:
@@ -184,19 +187,19 @@ def test_memory_that_runs_out_is_no_fault_of_the_program(space):  # noqa: F811
     assert "ulimit -v" in said or "PyTorch does not load" in said
 
 
-def stands_still(pid):
-    "Does a process sleep, and compute nothing for a second?"
-    before = process._stat(pid)
+def stand_still(pids):
+    "Do processes sleep, and compute nothing for a second?"
+    before = [*map(process._stat, pids := [*pids])]
     time.sleep(1)
-    after = process._stat(pid)
-    return before[0] == after[0] == "S" and before[11:13] == after[11:13]
+    after = [*map(process._stat, pids)]
+    return all(a and b and a[0] == b[0] == "S" and a[11:13] == b[11:13] for a, b in zip(before, after))
 
 
 def test_training_goes_on_to_its_end_without_its_pipe(space):  # noqa: F811
     "The real program, its output a pipe that is full from the beginning and that nobody reads"
     read, write = full_pipe()
     words = [sys.executable, "-m", "llm_trainer", "train", "--config", "tiny", "--max-steps", "3", "--name", "unread",
-             "--threads", "1"]
+             "--eval-every", "0", "--sample-every", "0"]
     child = subprocess.Popen(words, cwd=space.root, stdout=write, stderr=write,
                              env={**os.environ, "PYTHONPATH": str(ROOT)})
     os.close(write)
@@ -259,32 +262,32 @@ def test_a_run_whose_lock_is_removed_goes_on_and_keeps_others_out(space):  # noq
     assert not run.locked
 
 
-@pytest.mark.parametrize("replace", [
-    lambda lock: lock.symlink_to("lock"), os.mkfifo, lambda lock: lock.symlink_to("/dev/null")])
-def test_what_took_the_place_of_a_lock_keeps_no_run_from_it(space, replace):  # noqa: F811
-    run, process = stand_in(space, "training", 10**6)
-    lock = run.folder / "lock"
-    lock.unlink()
-    replace(lock)
-    until(lambda: run.locked and lock.is_file() and not lock.is_symlink())
-    assert launch.stop(run).status == "stopped" and process.wait() == 0 and run.state().checkpoint_step == 1
+def test_what_took_the_place_of_a_lock_keeps_no_run_from_it(space):  # noqa: F811
+    ways = os.mkfifo, lambda lock: lock.symlink_to("lock"), lambda lock: lock.symlink_to("/dev/null")
+    begun = [stand_in(space, "training", 10**6) for _ in ways]
+    for (run, _), replace in zip(begun, ways):
+        (lock := run.folder / "lock").unlink()
+        replace(lock)
+    def locked(run): return run.locked and (lock := run.folder / "lock").is_file() and not lock.is_symlink()
+    until(lambda: all(locked(run) for run, _ in begun))
+    for run, child in begun:
+        assert launch.stop(run).status == "stopped" and child.wait() == 0 and run.state().checkpoint_step == 1
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_a_run_whose_lock_others_have_ends_with_a_checkpoint(space, held):  # noqa: F811
-    run, process = stand_in(space, "training", 10**6)
-    lock = run.folder / "lock"
-    lock.unlink()
-    if held:
-        other = locks.Lock(lock)
+def test_a_run_whose_lock_others_have_ends_with_a_checkpoint(space):  # noqa: F811
+    begun = [stand_in(space, "training", 10**6) for _ in range(2)]
+    held, folder = (run.folder / "lock" for run, _ in begun)
+    for lock in held, folder: lock.unlink()
+    folder.mkdir()
+    with locks.Lock(held) as other:
         assert other.acquire()
-    else: lock.mkdir()
-    assert process.wait() == 1
-    state = run.status()
-    assert (state.status, state.reason["code"], state.checkpoint_step) == ("failed", "lock", 1)
-    if held: other.release()
-    else: lock.rmdir()
-    assert f"llm-trainer resume {run.id}" in state.reason["message"] and launch.plan_resume(run, space)
+        for run, child in begun:
+            assert child.wait() == 1
+            state = run.status()
+            assert (state.status, state.reason["code"], state.checkpoint_step) == ("failed", "lock", 1)
+    folder.rmdir()
+    for run, _ in begun:
+        assert f"llm-trainer resume {run.id}" in run.status().reason["message"] and launch.plan_resume(run, space)
 
 
 def test_a_run_that_another_process_trains_by_now_writes_no_more(space):  # noqa: F811
