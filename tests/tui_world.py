@@ -119,9 +119,11 @@ async def press(pilot: Pilot, *keys: str) -> None:
     "Type like somebody who looks: a screen that a key opens is there, and has the focus, before the next key"
     app = pilot.app
     for key in keys:
+        came = asyncio.Event()
         app.post_message(events.Key(_character_to_key(key), key) if len(key) == 1 else events.Key(key, None))
-        await until(pilot, lambda: all_heard(app) and (screen := app.screen).is_mounted
-                    and (screen.focused or not screen.focus_chain))
+        app.post_message(events.Callback(callback=came.set))
+        await until(pilot, lambda came=came: (came.is_set() or not app.is_running) and all_heard(app)
+                    and (screen := app.screen).is_mounted and (screen.focused or not screen.focus_chain))
 
 
 async def settle(pilot: Pilot) -> None:
