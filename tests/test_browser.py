@@ -99,16 +99,12 @@ def lab(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     for name in ("notebooks", "tmp"): (home / name).mkdir()
     for source in (ROOT / "nbs" / "tutorials").glob("*.ipynb"): shutil.copy(source, home / "notebooks")
-    # a run that is still at it when a slow browser comes to press stop
-    first = home / "notebooks" / "01_first_model.ipynb"
-    longer = first.read_text(encoding="utf-8").replace("epochs=1, max_steps=300", "epochs=99")
-    assert longer != first.read_text(encoding="utf-8")
-    first.write_text(longer, encoding="utf-8")
-    # and one that needs to be no better than it is
-    sampling = home / "notebooks" / "06_sampling.ipynb"
-    shorter = sampling.read_text(encoding="utf-8").replace("max_steps=250", "max_steps=20")
-    assert shorter != sampling.read_text(encoding="utf-8")
-    sampling.write_text(shorter, encoding="utf-8")
+    # one run is still at it when a slow browser comes to press stop, one needs to be no better than it is
+    for name, steps, others in (("01_first_model", "epochs=1, max_steps=300", "epochs=99"),
+                                ("06_sampling", "max_steps=250", "max_steps=20")):
+        text = (notebook := home / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
+        assert steps in text
+        notebook.write_text(text.replace(steps, others), encoding="utf-8")
     env = {**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp"), "OMP_NUM_THREADS": "1",
            "PYTHONPATH": str(ROOT), **{f"JUPYTER_{k}_DIR": str(home / k) for k in ("CONFIG", "DATA", "RUNTIME")},
            "IPYTHONDIR": str(home / "ipython")}

@@ -665,12 +665,12 @@ def test_the_plan_of_a_model_of_600_million_parameters_is_quick(space, tmp_path)
         num_key_value_heads=8,
         head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_theta=1000000, rms_norm_eps=1e-6,
         tie_word_embeddings=True)))
-    short = ["--batch-size", "1", "--seq-len", "64"]
+    short = ["--batch-size", "1", "--seq-len", "512"]
     ran = program(space, "train", "--config", "tiny", *short, "--dry-run", "--json", "--init-from", str(folder))
     assert ran.returncode == 0, ran.stderr
     plan = json.loads(ran.stdout)
     assert (plan["parameters"], plan["vocab_size"]) == (596_049_920, 151936)
-    assert plan["config"]["model"]["seq_len"] == 64
+    assert plan["config"]["model"]["seq_len"] == 512
 
 
 def test_a_folder_that_brings_code_is_not_run_to_see_how_its_tokenizer_reads(tmp_path, monkeypatch):

@@ -139,11 +139,18 @@ def test_bytes_on_a_slow_line_and_no_sequence_from_data(tmp_path):
     socket = f"llm-trainer-test-{os.getpid()}"
     def seen(): return tmux(socket, "capture-pane", "-p")
 
-    def wait(*parts: str) -> None:
+    def rate() -> float:
+        before, started = stream.stat().st_size, time.monotonic()
+        time.sleep(1.5)
+        return (stream.stat().st_size - before) / (time.monotonic() - started)
+
+    def come(true) -> None:
         end = time.monotonic() + LIMIT
-        while not all(part in (screen := seen()) for part in parts):
-            assert time.monotonic() < end, screen
+        while not true():
+            assert time.monotonic() < end, seen()
             time.sleep(0.1)
+
+    def wait(*parts: str) -> None: come(lambda: all(map(seen().__contains__, parts)))
     feeder.start()
     try:
         tmux(socket, "-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", shell)
@@ -155,22 +162,16 @@ def test_bytes_on_a_slow_line_and_no_sequence_from_data(tmp_path):
                                 ("samples", "3", "[bold]owned"), ("log", "4", "[bold]owned")):
             if key: tmux(socket, "send-keys", key)
             wait(sign)
-            rates[part], end = LINE, time.monotonic() + LIMIT
-            while rates[part] >= LINE or not rates[part]:  # the first windows have the picture, the rest what changes
-                before, started = stream.stat().st_size, time.monotonic()
-                time.sleep(1.5)
-                rates[part] = (stream.stat().st_size - before) / (time.monotonic() - started)
-                assert time.monotonic() < end, f"{rates}\n{seen()}"
+            come(lambda: rate() < LINE)  # the picture is through, and what changes is left
+            come(lambda part=part: rates.update({part: rate()}) or rates[part])
         tmux(socket, "send-keys", "q")
-        end = time.monotonic() + LIMIT
-        while b"\x1b[?1049l" not in stream.read_bytes():
-            assert time.monotonic() < end, seen()
-            time.sleep(0.1)
+        come(lambda: b"\x1b[?1049l" in stream.read_bytes())
     finally:
         feeder.done.set()
         subprocess.run(["tmux", "-L", socket, "kill-server"], capture_output=True)
         world.close()
     print({part: f"{rate:,.0f} B/s" for part, rate in rates.items()})
+    assert all(rate < LINE for rate in rates.values()), rates
     text = stream.read_bytes().decode("utf-8", "replace")
     rest = SEQUENCE.sub("", text).replace("\r", "").replace("\n", "")
     found = CONTROL.findall(rest)
