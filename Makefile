@@ -32,6 +32,7 @@ demo: $(BIN)/.core   ## Install, train the quickstart profile on the built-in co
 	@echo "  llm-trainer train --background           # the default profile, on WikiText-2"
 
 test test-avx2 test-slow quick: export OMP_NUM_THREADS = 1  # two processes on two cores: more threads would wait for each other
+test test-avx2 test-slow quick: export PYTHONDONTWRITEBYTECODE =  # or each of a thousand processes would compile the library anew
 
 test: $(BIN)/.dev    ## Lint, exported modules = notebooks, every notebook, every test
 	ruff check .

@@ -1,5 +1,6 @@
 """What several modules of tests need: a workspace, the program, a wait, and the site, which takes long to build."""
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from llm_trainer import workspace
 from llm_trainer.runs import launch
 from llm_trainer.runs.run import list_runs
 
+gc.disable()  # until all tests are collected: what collecting makes stays, and to go through it again takes long
 hear_interrupts()
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +23,11 @@ INSTEAD = {  # what may lie where a folder or a file belongs
     "pipe": os.mkfifo, "file": Path.touch, "loop": lambda at: at.symlink_to(at.name),
     "link": lambda at: at.symlink_to("nowhere"), "folder": lambda at: (at / "full").mkdir(parents=True)}
 instead = pytest.mark.parametrize("instead", INSTEAD.values(), ids=INSTEAD)
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.freeze()
 
 
 def until(condition, seconds=240):

@@ -72,6 +72,7 @@ def test_what_is_missing_chooses_the_peer_and_is_said(missing, peer):
     assert choose("none", missing) == ("none", "")
 
 
+@pytest.mark.slow
 def test_load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = script("load").measure(megabytes=1, repeats=1, batches=3, config="tiny")

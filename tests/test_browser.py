@@ -261,6 +261,7 @@ lt.watch(lt.start(config, name="pair", devices=2))"""]
 
 
 @in_lab
+@pytest.mark.slow
 def test_the_buttons_work_for_a_run_on_two_devices_and_on_a_page_loaded_again(lab, browser):
     url, home = lab
     end_runs(home / RUNS)

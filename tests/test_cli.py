@@ -541,8 +541,9 @@ def long_text(trained, tmp_path_factory):
     return file.read_bytes().decode()
 
 
-@pytest.mark.parametrize("output, json_too", [("old.txt", False), ("/dev/full", False), ("pipe", False),
-                                              ("old.txt", True)])
+@pytest.mark.parametrize("output, json_too", [
+    ("old.txt", True),
+    *(pytest.param(where, False, marks=pytest.mark.slow) for where in ("old.txt", "/dev/full", "pipe"))])
 def test_a_text_that_finds_no_room_is_not_lost(trained, long_text, tmp_path, output, json_too):
     "Nor is the text that was there"
     (tmp_path / "old.txt").write_text("the old text")

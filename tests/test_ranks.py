@@ -51,6 +51,7 @@ def test_one_killed_of_eight_ends_all_and_two_go_on(space):
     assert again.status().status == "completed" and again.state().step == step + 4 and len(again.state().ranks) == 2
 
 
+@pytest.mark.slow
 def test_a_rank_is_named_where_torchrun_saw_its_end_first(space, monkeypatch):
     monkeypatch.setattr(ranks.Launch, "_look_after", lambda self: None)  # a launcher that is never in time
     run = launch.start(tiny(epochs=1000), space, "late", devices="2", background=False)

@@ -44,9 +44,10 @@ class Life:
 
 CASES = {
     "all at once": dict(dropout=0.1, batch_size=4, grad_accum_steps=2, schedule="wsd", shuffle=False, grad_clip=0.1),
-    "muon": dict(arch="qwen3", optimizer="muon"), "workers": dict(num_workers=2), "bfloat16": dict(dtype="bfloat16"),
+    "muon": dict(arch="qwen3", optimizer="muon"), "workers": dict(num_workers=2),
 }
 ALONE = {
+    "bfloat16": dict(dtype="bfloat16"),  # takes long where the CPU has no instructions for it
     "gpt2": {}, "qwen3": dict(arch="qwen3"), "dropout": dict(dropout=0.1),
     "accumulation": dict(batch_size=2, grad_accum_steps=4),
     "both": dict(dropout=0.1, batch_size=4, grad_accum_steps=2),

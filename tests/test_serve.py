@@ -539,10 +539,10 @@ INTERRUPTED, TERMINATED = (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM
 
 
 @pytest.mark.parametrize("ends, end", [
-    (stopped_terminal, INTERRUPTED), (full_disk, TERMINATED), (full_pipe, TERMINATED), (left_pipe, TERMINATED), *(
+    (stopped_terminal, INTERRUPTED), (full_pipe, TERMINATED), *(
         pytest.param(ends, end, marks=pytest.mark.slow) for ends, end in (
-            (stopped_terminal, TERMINATED), (full_disk, INTERRUPTED), (full_pipe, INTERRUPTED),
-            (left_pipe, INTERRUPTED)))])
+            (stopped_terminal, TERMINATED), (full_disk, TERMINATED), (full_disk, INTERRUPTED), (full_pipe, INTERRUPTED),
+            (left_pipe, TERMINATED), (left_pipe, INTERRUPTED)))])
 def test_it_serves_whoever_takes_its_greeting(folder, ends, end):
     (signum, code), (screen, output) = end, ends()
     with socket.socket() as free:
