@@ -244,7 +244,7 @@ def _mutate(rng: random.Random, data: bytes) -> bytes:
     return bytes(data)
 
 
-@trial("T14", goal=6000, slice=28, chunk=56)
+@trial("T14", goal=6000, slice=29, chunk=56)
 @cases
 def malicious(case: int) -> str | None:
     """malicious and mutated files (pickles, zips, bombs, lying headers, regexes, scripts) on every load path: nothing
