@@ -49,8 +49,8 @@ def unzipped(clone): return build(clone)
 
 def said(unzipped, cwd, *argv):
     "What a Python that has a wheel says, far from the checkout"
-    return subprocess.run([sys.executable, *argv], cwd=cwd, env={**os.environ, "PYTHONPATH": str(unzipped)},
-                          capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(unzipped), "PYTHONDONTWRITEBYTECODE": "1"}  # or Python adds files
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def program(unzipped, cwd, *argv): return said(unzipped, cwd, "-m", "llm_trainer", *argv)
