@@ -129,8 +129,9 @@ def parameters(module: str, name: str) -> str:
     def kind(row): return "" if row.anno is inspect.Parameter.empty else code(
             getattr(row.anno, "__name__", "") if inspect.isclass(row.anno) and "[" not in str(row.anno)
             else str(row.anno))
-    def start(row):
-        return "" if row.default is inspect.Parameter.empty or name == "return" else code(repr(row.default)[:40])
+    def start(row):  # a function by its name: the address that repr gives is another in each build
+        shown = row.default.__name__ if inspect.isfunction(row.default) else repr(row.default)
+        return "" if row.default is inspect.Parameter.empty or name == "return" else code(shown[:40])
     def words(row): return " ".join(str(row.docment).split()).replace("|", r"\|")
     said = [f"| {'*returns*' if name == 'return' else code(name)} | {kind(row)} | "
             f"{'' if name == 'return' else start(row)} | {words(row)} |" for name, row in rows.items()]
@@ -168,6 +169,15 @@ def name_pictures(nb) -> None:
         else: describe(cell, before)
 
 
+@lru_cache
+def shell():
+    "The shell in which `show_doc` runs: one for all notebooks, as making one takes long"
+    from nbdev import processors
+    made = processors.CaptureShell()
+    made.run_cell("from nbdev.showdoc import show_doc")
+    return made
+
+
 def process(nb) -> None:
     "Run nbdev's page processors over one notebook, in place"
     from nbdev import processors
@@ -175,7 +185,7 @@ def process(nb) -> None:
     class FromPackage(processors.exec_show_docs):
         "Documents what the exported module holds, instead of running the notebook's cells once more"
         def begin(self):
-            super().begin()
+            self.k = shell()
             self.k.run_cell(f"import llm_trainer.{module} as module; globals().update(vars(module))" if module else "")
 
         def __call__(self, cell):
