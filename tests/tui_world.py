@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from textual import events
@@ -17,6 +18,7 @@ from textual._wait import wait_for_idle
 from textual.keys import _character_to_key
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
+from torture.battery import kept_folder
 
 from llm_trainer import workspace
 from llm_trainer.system.locks import Lock
@@ -43,14 +45,8 @@ class World:
         shutil.copytree(FIXTURES.parent.parent / "configs", self.space.configs, dirs_exist_ok=True)
         self.locks: list[Lock] = []
         if recorded:
-            shutil.copytree(FIXTURES / "runs", self.space.runs, dirs_exist_ok=True)
-            for folder in self.space.runs.iterdir():
-                (folder / "lock").touch()
-                (folder / "control" / ".keep").unlink()
+            shutil.copytree(past(checkpoints), root, dirs_exist_ok=True)
             self.hold(RUNNING)
-            if checkpoints:
-                self.save(RUNNING, {100: 3.6, 150: 3.2, 200: 2.98})
-                self.save(FINISHED, {300: 2.87, 347: 2.85})
 
     def hold(self, name: str) -> None:
         "Look alive: what a worker does"
@@ -86,6 +82,20 @@ class World:
 
     def app(self, run: str | None = None, **options) -> WatchApp:
         return make_app(self.space, run, **{"clock": lambda: NOW, "interval": 0.05, "ascii_only": False, **options})
+
+
+@cache
+def past(checkpoints: bool) -> Path:
+    "A workspace with the recorded runs, made once"
+    world = World(kept_folder("recorded-"), recorded=False)
+    shutil.copytree(FIXTURES / "runs", world.space.runs, dirs_exist_ok=True)
+    for folder in world.space.runs.iterdir():
+        (folder / "lock").touch()
+        (folder / "control" / ".keep").unlink()
+    if checkpoints:
+        world.save(RUNNING, {100: 3.6, 150: 3.2, 200: 2.98})
+        world.save(FINISHED, {300: 2.87, 347: 2.85})
+    return world.space.root
 
 
 def text_of(app: WatchApp) -> str:
