@@ -95,6 +95,7 @@ def test_an_unknown_flag_is_refused():
     assert done.returncode == 2 and "--no-such-flag" in done.stderr
 
 
+@pytest.mark.slow
 def test_corpus(tmp_path, as_it_was):
     corpus, root = script("corpus"), tmp_path / "root"
     root.mkdir()

@@ -657,6 +657,7 @@ def test_a_tokenizer_larger_than_its_model_is_refused_before_there_is_a_run(spac
     assert ran.returncode == 2 and "they don't belong together" in ran.stderr and list(space.runs.iterdir()) == runs
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_model_of_600_million_parameters_is_quick(space, tmp_path):
     "Nothing of its weights is read, and the speed is measured on a slice of it"
     folder = chat_folder(tmp_path / "model", "qwen")

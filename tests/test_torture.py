@@ -3,8 +3,11 @@ import pytest
 from torture import battery, forks, lives
 
 pytestmark = pytest.mark.xdist_group("torture")  # what they share is made once
+LONG = {"T1", "T2", "T3", "T8", "T21", "T27", "T29"}  # lives of whole runs, which T5, T6, T9 and T19 have, too
 
-@pytest.mark.parametrize("t", battery.trials(), ids=lambda t: t.id.replace(" ", "-"))
+
+@pytest.mark.parametrize("t", [pytest.param(t, id=t.id.replace(" ", "-"), marks=[pytest.mark.slow] * (t.id in LONG))
+                               for t in battery.trials() if t.slice])
 def test_battery(t):
     failures = t.run(t.slice, 0)
     assert not failures, "\n".join(failures)

@@ -804,6 +804,7 @@ def test_pauses_between_attempts_are_no_training_time(world):
     assert times[-1] - times[-2] == pytest.approx(2) and times[-2] - times[-3] < 10
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_ten_hours_of_metrics(world):
     curves = Curves(Run(world.space.runs / "nobody"), limit=20_000)
     held, step = [], 0

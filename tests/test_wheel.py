@@ -72,6 +72,7 @@ def test_its_program_has_the_profiles_and_says_how_to_build_the_pages(unzipped, 
     assert done.returncode == 3 and "make docs" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wheel_built_after_make_docs_carries_the_pages(clone, tmp_path):
     source = tmp_path / "built"
     shutil.copytree(clone, source, ignore=shutil.ignore_patterns("build", "dist", "unzipped", "*.egg-info"))
