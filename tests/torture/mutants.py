@@ -369,12 +369,13 @@ class Room:
         _imported(self.reach.modules)
 
     def tests(self, mutant: Mutant) -> list[str]:
-        "The tests to ask, those that killed a neighbour first, then the quick ones that reach little else"
+        "The tests to ask: those that killed a neighbour, those seen on the line, the quick ones that reach little else"
         chosen, seconds = [], 0.0
         found = self.reach.tests(mutant, self.trees[mutant.module])
+        seen = self.reach.lines[mutant.module].get(mutant.line, ())
         def rank(test):
             cost = self.reach.seconds[test] * (1 + self.reach.width[mutant.module, test])
-            return -self.kills[mutant.module, mutant.line // 20, test], cost, test
+            return -self.kills[mutant.module, mutant.line // 20, test], test not in seen, cost, test
         for test in sorted(filter(lambda test: self.sound.get(test, True), found), key=rank):
             seconds += self.reach.seconds[test]
             if chosen and seconds > self.reach.enough: break
