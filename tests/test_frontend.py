@@ -11,7 +11,7 @@ import pytest
 
 from llm_trainer.errors import BusyError, UsageError
 from llm_trainer.cli.parser import (
-    Command, Flag, FrontEnd, _one_edit, _row, choices, convert, docments, members, nearest, shown)
+    Command, Flag, From, FrontEnd, _one_edit, _row, choices, convert, docments, members, nearest, shown)
 
 seen = {}
 
@@ -253,6 +253,14 @@ def test_what_a_signature_says():
     assert choices(Literal["auto", None, False]) == ["auto", "none", "false"]
     assert values("paint", "x", "--title", "-")["title"] == "-"
     assert "CANVAS: What to paint on." in refused("paint") and "--title: TEXT." in refused("hang", "x")
+
+
+def test_bounds_hold_their_ends(capsys):
+    def cut(*, pieces: Annotated[int, From(2, 4)] = 2): print(pieces)
+    end = FrontEnd("art", "1", "", {"All": {"cut": cut}})
+    for pieces, code in (1, 2), (2, 0), (4, 0), (5, 2):
+        assert end.run(["cut", f"--pieces={pieces}"]) == code
+        assert capsys.readouterr().out == ("" if code else f"{pieces}\n")
 
 
 def test_what_runs_out_is_named(capsys):

@@ -44,6 +44,7 @@ def test_a_card_tells_everything_about_a_running_one():
 def test_a_card_leaves_out_what_is_not_known():
     bare = State(run_id="one", status="queued", step=None, epoch=None, elapsed_seconds=None)
     assert render.card(bare) == "○ queued   one"
+    assert render.position(State(run_id="one", status="unknown", step=7)) == ""
     text = render.card(state(status="completed", steps=None, epochs=None, loss=None, val_loss=None, attempt=2,
                              tokens_per_second=None, memory_bytes=None, checkpoint_step=None, waiting_for=["x", "y"],
                              skipped=1200, write_errors=3))

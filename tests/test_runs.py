@@ -13,7 +13,7 @@ import pytest
 from llm_trainer.system import failpoints, locks, process
 from llm_trainer.errors import BusyError, NotFoundError, UsageError
 from llm_trainer.system.files import Appender, Follower, encode, read_lines, write_whole
-from llm_trainer.runs.run import Run, create_run, find_run, list_runs, sweep
+from llm_trainer.runs.run import Run, _misfits, _number, _whole, _words, create_run, find_run, list_runs, sweep
 from llm_trainer.runs.state import State, derive
 from llm_trainer.runs.writer import RunWriter
 
@@ -199,6 +199,15 @@ def test_a_writer_that_was_given_up_has_no_more_to_say(writer):
     write_whole(run.folder / "state.json", {**run.state().to_record(), "loss": 5.0})  # no end: a restored file
     other.update(val_loss=1.0)
     assert run.state().val_loss == 1.0 and not list(run.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("kind, proper, others", [
+    (_whole, (0, 1, 2**63 - 1), (-1, 2**63, True, 1.0, "1", [1])),
+    (_number, (0, 0.0, 0.5, 2**63 - 1), (-0.5, -1, 2**63, 2.0**63, float("nan"), True, "1")),
+    (_words, ([], ["a", "b"]), ("a", [1], ["a", None], {"a": "b"}))], ids=["whole", "number", "words"])
+def test_what_a_record_may_hold(kind, proper, others):
+    for value in (None, *proper): assert not _misfits({"it": value}, {"it": kind})
+    for value in others: assert _misfits({"it": value}, {"it": kind}) == ["it"], value
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff" * 99, b"[" * 200_000,

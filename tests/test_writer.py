@@ -4,6 +4,8 @@ import json
 import os
 import re
 import stat
+import tempfile
+import threading
 import time
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -20,8 +22,8 @@ from llm_trainer.runs.state import (
     ENDED, LIVE, STATES, State, derive, list_devices, look_of, proper, silence, slowest_of, stall_timeout, unheard)
 from llm_trainer.system import process
 from llm_trainer.system.files import (
-    Appender, Follower, encode, file_hash, load_json, log_line, open_log, open_regular, open_to_add, overwrite, parse,
-    plain, read_json, remove, replace_file, sealed, timestamp, unsealed, write_whole)
+    Appender, Follower, deliver, encode, file_hash, load_json, log_line, open_log, open_regular, open_to_add, overwrite,
+    parse, plain, read_json, remove, replace_file, sealed, timestamp, unsealed, write_whole)
 from llm_trainer.training.checkpoint import Checkpoints, StepFolders
 from llm_trainer.errors import CheckpointError
 
@@ -486,6 +488,56 @@ def test_only_a_regular_file_is_read_or_written(run, tmp_path, kind):
     elif os.geteuid() == 0: os.mknod(run.folder / "notes.txt", stat.S_IFCHR | 0o600, os.makedev(1, 3))
     else: return
     with pytest.raises(OSError): run.add_note("kept?")
+
+
+def test_what_is_delivered_is_whole_and_keeps_its_mode(tmp_path):
+    at, link = tmp_path / "text", tmp_path / "link"
+    link.symlink_to("text")
+    deliver(at, b"the old text")
+    at.chmod(0o640)
+    deliver(link, b"new")
+    assert at.read_bytes() == b"new" and stat.S_IMODE(at.stat().st_mode) == 0o640
+    assert sorted(tmp_path.iterdir()) == [link, at] and link.is_symlink()
+
+
+def test_who_can_not_be_delivered_to_is_named(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for at, why in (pipe, "Nobody reads it"), (tmp_path / "no" / "text", "No such file"), (tmp_path, "Is a directory"):
+        with pytest.raises(OSError, match=why) as said: deliver(at, b"text")
+        assert said.value.filename == str(at)
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError) as said: deliver(Path("/dev/full"), b"text")
+        assert said.value.filename == "/dev/full"
+
+
+def test_who_reads_a_pipe_late_gets_all_of_it(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    writer = threading.Thread(target=deliver, args=(pipe, b"text" * 100_000))
+    writer.start()
+    os.set_blocking(reader.fileno(), True)
+    with reader: assert reader.readall() == b"text" * 100_000
+    writer.join()
+
+
+def test_a_file_of_ours_in_a_folder_of_others_is_written_in_place():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        at = Path(folder, "text")
+        at.write_text("the old text")
+        if os.geteuid() == 0: os.chown(at, 65534, 65534)
+        else: os.chmod(folder, 0o555)
+        if not (pid := os.fork()):
+            code = 1
+            try:
+                if os.geteuid() == 0: os.setresuid(65534, 65534, 65534)
+                for content in (b"new", b""):
+                    deliver(at, content)
+                    assert at.read_bytes() == content
+                code = 0
+            finally: os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0 and os.listdir(folder) == ["text"]
+        os.chmod(folder, 0o755)
 
 
 def test_a_seal_holds_no_number_that_is_none(tmp_path):
