@@ -446,6 +446,8 @@ def test_replacing_a_file_follows_no_link(tmp_path):
 def test_weights_hash_is_that_of_the_file(store):
     data = (store.path(30) / "model.safetensors").read_bytes()
     assert weights_hash(store.path(30)) == hashlib.sha256(data).hexdigest() != weights_hash(store.path(20))
+    (store.path(30) / "model.safetensors").unlink()
+    with pytest.raises(OSError): weights_hash(store.path(30))
 
 
 def test_weights_in_shards_have_the_hash_of_one_file(tmp_path):

@@ -214,7 +214,8 @@ def test_help_says_what_the_signature_says():
 
 
 def test_version(capsys):
-    assert front.run(["--version"]) == 0 and capsys.readouterr().out == "art 1.2\n"
+    for more in [], ["--help"]:
+        assert front.run(["--version", *more]) == 0 and capsys.readouterr().out == "art 1.2\n"
 
 
 def test_nearest():
@@ -261,6 +262,16 @@ def test_bounds_hold_their_ends(capsys):
     for pieces, code in (1, 2), (2, 0), (4, 0), (5, 2):
         assert end.run(["cut", f"--pieces={pieces}"]) == code
         assert capsys.readouterr().out == ("" if code else f"{pieces}\n")
+
+
+def test_a_flag_that_needs_another_says_so(capsys):
+    def cut(*, title: str = "",  # What stands on it
+            size: int = 1):  # With --title: how large
+        print(title, size)
+    end = FrontEnd("art", "1", "", {"All": {"cut": cut}})
+    assert end.run(["cut", "--size=2"]) == 2 and "--size has no effect without --title." in capsys.readouterr().err
+    assert end.run(["cut", "--size=2", "--title=x"]) == 0 and capsys.readouterr().out == "x 2\n"
+    assert end.run(["cut", "--=2"]) == 2 and "'--=2' is no flag." in capsys.readouterr().err
 
 
 def test_what_runs_out_is_named(capsys):

@@ -184,6 +184,7 @@ def test_facts_json_and_csv():
     found = json.loads(text)
     assert (found["a"], found["b"], found["3"]["run_id"], found["c"]) == (None, [None, [1.5]], "\x1b", {"d": "é"})
     assert "\x1b" not in text and "é" in text and "\n  " in text and "\n" not in render.as_json({"a": 1}, None)
+    assert render.as_json({"a": 1}) == '{\n  "a": 1\n}'
     rows = [{"a": 1, "b": "x,\x1b[31my"}, {"a": None, "c": [1, "\x07"]}]
     assert render.csv(rows).splitlines() == ["a,b,c", '1,"x,y",', ",,\"[1, '\\x07']\""]
 

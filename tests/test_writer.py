@@ -143,6 +143,14 @@ def records(run, **more):
     return w.RunWriter(run, run.lock, clock, Clock(1e9), **more), clock
 
 
+def test_a_writer_leaves_no_descriptor(run):
+    before = sorted(os.listdir("/proc/self/fd" if os.path.exists("/proc/self/fd") else "/dev/fd"))
+    writer, _ = records(run)
+    writer.close()
+    writer.close()
+    assert sorted(os.listdir("/proc/self/fd" if os.path.exists("/proc/self/fd") else "/dev/fd")) == before
+
+
 def test_a_state_is_written_at_once_or_seldom(run):
     writer, clock = records(run)
     writer.update(status="running", phase="training")
