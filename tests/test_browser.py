@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None,
 in_lab, on_site = pytest.mark.xdist_group("browser"), pytest.mark.xdist_group("site")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 
-RUNS = Path("tmp/llm-trainer-lessons/runs")  # of the lessons, in a JupyterLab's home
+RUNS = Path(f"tmp/llm-trainer-lessons-{os.getuid()}/runs")  # of the lessons, in a JupyterLab's home
 PATIENCE = 240_000  # milliseconds a wait may take: for two slow cores that have other things to do
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -255,7 +255,7 @@ PAIR = ["""import os, tempfile
 from pathlib import Path
 import llm_trainer as lt
 from llm_trainer import workspace
-os.chdir(workspace.init(Path(tempfile.gettempdir())/"llm-trainer-lessons").root)""",
+os.chdir(workspace.init(Path(tempfile.gettempdir())/f"llm-trainer-lessons-{os.getuid()}").root)""",
         """config = lt.load_config("tiny", device="cpu", threads=1, epochs=100_000, sample_every=0, eval_every=0)
 lt.watch(lt.start(config, name="pair", devices=2))"""]
 
