@@ -3,6 +3,7 @@ import math
 import json
 import os
 import re
+import select
 import stat
 import tempfile
 import threading
@@ -525,6 +526,7 @@ def test_who_reads_a_pipe_late_gets_all_of_it(tmp_path):
     writer = threading.Thread(target=deliver, args=(pipe, b"text" * 100_000))
     writer.start()
     os.set_blocking(reader.fileno(), True)
+    select.select([reader], [], [])  # until something is there: before, to read is to be at the end
     with reader: assert reader.readall() == b"text" * 100_000
     writer.join()
 
