@@ -135,7 +135,7 @@ def test_bytes_on_a_slow_line_and_no_sequence_from_data(tmp_path):
     (world.space.runs / RUNNING / "notes.txt").write_text(EVIL)
     feeder, stream, go = Feeder(world.space.runs / RUNNING), tmp_path / "stream", tmp_path / "go"
     code = f"import sys; from llm_trainer.tui.app import watch; sys.exit(watch({str(world.space.root)!r}))"
-    start = f'PYTHONUTF8=1 COLORTERM=truecolor exec {sys.executable} -c "{code}"'
+    start = f'LC_ALL=C.UTF-8 COLORTERM=truecolor exec {sys.executable} -c "{code}"'
     shell = f"while [ ! -e {go} ]; do sleep 0.1; done; {start}"
     socket = f"llm-trainer-test-{os.getpid()}"
     def seen(): return tmux(socket, "capture-pane", "-p")
