@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import INSTEAD, instead
+from torture.children import in_child
 
 from llm_trainer.errors import NotFoundError, UsageError
 from llm_trainer.runs import writer as w
@@ -538,16 +539,13 @@ def test_a_file_of_ours_in_a_folder_of_others_is_written_in_place():
         at.write_text("the old text")
         if os.geteuid() == 0: os.chown(at, 65534, 65534)
         else: os.chmod(folder, 0o555)
-        if not (pid := os.fork()):
-            code = 1
-            try:
-                if os.geteuid() == 0: os.setresuid(65534, 65534, 65534)
-                for content in (b"new", b""):
-                    deliver(at, content)
-                    assert at.read_bytes() == content
-                code = 0
-            finally: os._exit(code)
-        assert os.waitpid(pid, 0)[1] == 0 and os.listdir(folder) == ["text"]
+        def deliver_as_its_owner():
+            if os.geteuid() == 0: os.setresuid(65534, 65534, 65534)
+            for content in (b"new", b""):
+                deliver(at, content)
+                assert at.read_bytes() == content
+        ended = in_child(deliver_as_its_owner)
+        assert ended.code == 0 and os.listdir(folder) == ["text"], ended.said
         os.chmod(folder, 0o755)
 
 

@@ -153,14 +153,14 @@ class Reach:
         self.width = Counter((module, test) for module, lines in self.lines.items() for tests in lines.values()
                              for test in tests)  # lines of a module that a test reaches
 
-    def tests(self, mutant: Mutant, tree: ast.Module) -> tuple[list[str], list[str]]:
+    def tests(self, mutant: Mutant, tree: ast.Module) -> tuple[set[str], set[str]]:
         """The tests that may notice a change, near and far: those that reach its line; of what is computed at
         import, where one test at most is seen, those that use it, then those of a module of tests that reaches its
         module"""
         lines, at = self.lines[mutant.module], mutant.line
         around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= at <= n.end_lineno]
         within = [n for n in around if isinstance(n, ast.FunctionDef) and n.body[0].lineno <= at]
-        if within and len(found := self._quick(lines.get(at, ()))) > 1: return found, []
+        if within and len(found := self._quick(lines.get(at, ()))) > 1: return found, set()
         near = max(within, key=lambda n: n.lineno) if within else min(
             around, key=lambda n: n.end_lineno - n.lineno, default=tree.body[0])
         used = list(range(near.lineno, near.end_lineno + 1)) if isinstance(near, ast.FunctionDef) else []
@@ -172,8 +172,8 @@ class Reach:
         return self._quick(users), self._quick(test for test in {*self.seconds} - users
                                                if test.partition("::")[0] in files)
 
-    def _quick(self, tests) -> list[str]:
-        return [test for test in tests if self.seconds.get(test, self.slow) < self.slow]
+    def _quick(self, tests) -> set[str]:
+        return {test for test in tests if self.seconds.get(test, self.slow) < self.slow}
 
 
 def _moved(before: str, after: str) -> list[int]:
@@ -373,7 +373,7 @@ class Room:
     def tests(self, mutant: Mutant) -> list[str]:
         "The tests to ask: those that killed a neighbour, those near the line, the quick ones that reach little else"
         chosen, seconds = [], 0.0
-        near, far = map(set, self.reach.tests(mutant, self.trees[mutant.module]))
+        near, far = self.reach.tests(mutant, self.trees[mutant.module])
         def rank(test):
             cost = self.reach.seconds[test] * (1 + self.reach.width[mutant.module, test])
             return -self.kills[mutant.module, mutant.line // 20, test], test in far, cost, test
