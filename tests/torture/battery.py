@@ -32,7 +32,7 @@ class Trial:
     title: str  # What is attacked, and what must hold
     run: Callable[[int, int], list[str]]  # n cases from number `seed` on → what failed, a line each
     goal: int  # Cases we want to publish
-    slice: int  # Cases in `make test`
+    slice: int  # Cases in `make test`, or in `make test-slow`
     chunk: int = 10  # Cases between two looks at the clock: some seconds
 
 

@@ -244,7 +244,7 @@ def _mutate(rng: random.Random, data: bytes) -> bytes:
     return bytes(data)
 
 
-@trial("T14", goal=6000, slice=29, chunk=56)
+@trial("T14", goal=6000, slice=56, chunk=56)
 @cases
 def malicious(case: int) -> str | None:
     """malicious and mutated files (pickles, zips, bombs, lying headers, regexes, scripts) on every load path: nothing
@@ -302,7 +302,7 @@ def _watch_writes(root: Path) -> list[str]:
     return outside
 
 
-@trial("T13", goal=5000, slice=50, chunk=100)
+@trial("T13", goal=5000, slice=100, chunk=100)
 @cases
 def names(case: int) -> str | None:
     """run names and paths (.., absolute, NUL, links, CON, 300 characters, bidi, numbers): refused or found, never a

@@ -50,7 +50,7 @@ FORGERIES = ("old boot", "wrong start", "other namespace", "other host", "no sta
              "lock is a folder", "lock is a link", "lock is a fifo", "lock full of noise")
 
 
-@trial("T7", goal=1000, slice=36, chunk=36)
+@trial("T7", goal=1000, slice=54, chunk=36)
 @cases
 def forged(case: int) -> str | None:
     """state.json forged with the pid of a live stranger (old boot, wrong start time, other namespace or host, odd
@@ -100,7 +100,7 @@ def forged(case: int) -> str | None:
             return f"{kind}: {status}, the stranger heard {heard}"
 
 
-@trial("T20", goal=500, slice=15, chunk=50)
+@trial("T20", goal=500, slice=30, chunk=50)
 @cases
 def clocks(case: int) -> str | None:
     """the clock jumps (a day, an hour, back and forth) and the process is suspended for ten minutes: elapsed time and

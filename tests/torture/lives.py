@@ -196,7 +196,7 @@ def _saves(home: Path) -> bool:
     except OSError: return False
 
 
-@trial("T1", goal=1000, slice=1, chunk=8)
+@trial("T1", goal=1000, slice=2, chunk=8)
 def kills(n: int, seed: int) -> list[str]:
     """kill -9 at random instants (half anywhere, half aimed at saving, evaluating and preparing; what they hit is
     below), resume, up to 4 times a run: always resumable, at most one save interval lost, weights and losses equal to
@@ -219,7 +219,7 @@ ACTIONS = ("kill", "eio", "enospc", "raise")
 PLACES = [(name, action) for action in ACTIONS for name in failpoints.NAMES]
 
 
-@trial("T2", goal=5 * len(PLACES), slice=4, chunk=8)
+@trial("T2", goal=5 * len(PLACES), slice=5, chunk=8)
 @cases
 def places(case: int) -> str | None:
     """kill, EIO, ENOSPC or an exception at each of the named places in a real run (save, prune, metrics, state, lock,
@@ -248,7 +248,7 @@ def places(case: int) -> str | None:
         if problem := finish(home, refused): return f"{spec} (ended {code}): {problem}"
 
 
-@trial("T5", goal=200, slice=1, chunk=8)
+@trial("T5", goal=200, slice=2, chunk=8)
 @cases
 def full_disk(case: int) -> str | None:
     """the disk is full in a whole run (a real file size limit; every write from the n-th fails once): it goes on or
@@ -271,7 +271,7 @@ def full_disk(case: int) -> str | None:
         if problem := finish(home, rows_lost=True): return f"{how} (ended {code}): {problem}"
 
 
-@trial("T6", goal=500, slice=2, chunk=8)
+@trial("T6", goal=500, slice=3, chunk=8)
 @cases
 def writers(case: int) -> str | None:
     """two to four writers at once (train or resume of the same id): one owner, the others exit with 75 (or 2 for a
@@ -299,7 +299,7 @@ SIGNALS = {"TERM": [signal.SIGTERM], "INT": [signal.SIGINT], "TERM twice": [sign
            "INT then TERM": [signal.SIGINT, signal.SIGTERM]}
 
 
-@trial("T9", goal=50 * len(PHASES) * 2, slice=2, chunk=8)
+@trial("T9", goal=50 * len(PHASES) * 2, slice=3, chunk=8)
 @cases
 def signals(case: int) -> str | None:
     """SIGTERM, SIGINT, twice, and one after the other, as each phase begins and at random instants: acknowledged, saved
@@ -337,7 +337,7 @@ def _until_heard(child: Child, home: Path) -> None:
     while child.alive() and run_of(home).state().status != "running": time.sleep(0.002)
 
 
-@trial("T19", goal=100, slice=2, chunk=8)
+@trial("T19", goal=100, slice=3, chunk=8)
 @cases
 def poison(case: int) -> str | None:
     """NaN or infinity in activations, gradients or weights at a random step: skipped and counted, or `diverged`; every

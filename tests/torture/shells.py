@@ -109,7 +109,7 @@ def _everything(home: Path) -> tuple:
             record["position"], record["probe"], losses)
 
 
-@trial("T3", goal=4 * len(CELLS), slice=2, chunk=6)
+@trial("T3", goal=4 * len(CELLS), slice=3, chunk=6)
 @cases
 def exact(case: int) -> str | None:
     """bit-exact resume: accumulation 1 and 4, dropout 0 and 0.1, stopped at step 0, mid-epoch, epoch end, in an
@@ -261,7 +261,7 @@ class World:
             return f"{fds} descriptors are open, there were {self.fds}"
 
 
-@trial("T21", goal=10000, slice=6, chunk=24)
+@trial("T21", goal=10000, slice=12, chunk=24)
 def lives(n: int, seed: int) -> list[str]:
     """a random life of three runs from several shells (train, resume, more epochs, kill -9, stop, double start,
     verify, delete, pin, damage, lost index; 24 acts each): no dead run shown alive, no unnoticed damage, documented

@@ -140,7 +140,7 @@ def echo(
 ECHO = FrontEnd("echo", "0", "Remembers prompts.", {"Use": {"echo": echo}})
 
 
-@trial("T11", goal=10000, slice=250, chunk=500)
+@trial("T11", goal=10000, slice=500, chunk=500)
 def prompts(n: int, seed: int) -> list[str]:
     """prompts (numbers, brackets, quotes, #, dashes, newlines, emoji, control and stray bytes) as a flag, from a file
     and, each 100th, through a real process and its stdin: byte-equal"""
