@@ -439,7 +439,9 @@ CONTRAST = """() => {
   }
   return faint; }"""
 
-WHITE = "white => (getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)') === white"
+# the ground turns at once, and what is written on it with a class that comes later
+TURNED = """white => (getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)') === white
+  && document.documentElement.classList.contains('quarto-dark') !== white"""
 
 AT_ONCE = "*, ::before, ::after { transition: none !important; animation: none !important }"  # colours, when turned
 
@@ -464,7 +466,7 @@ def test_every_page_reads_well(served, browser, kinds):
             if (scheme, width) == looks[0]:
                 page.goto(f"{url}/{name}.html")
                 page.add_style_tag(content=AT_ONCE)
-            page.wait_for_function(WHITE, arg=scheme == "light")
+            page.wait_for_function(TURNED, arg=scheme == "light")
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, f"{name} is wider than the screen"
             if kinds: assert page.evaluate(CONTRAST) == {}, f"{scheme}: {name}"
