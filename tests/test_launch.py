@@ -208,6 +208,28 @@ def test_stop_asked_twice_is_no_second_signal(space):
     assert process.wait() == 0 and run.state().checkpoint_step == 1 and run.state().acknowledged["stop"]
 
 
+def test_who_waits_for_a_stop_sees_one_line_that_fits_and_goes(space):
+    code = STAND_IN.replace('while "stop" not in writer.requests()', 'while not Path(run.folder / "seen").exists()')
+    run = create_run(space.runs, tiny().to_dict())
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(run.folder), "training", "1"],
+                               preexec_fn=hears_signals)
+    until(lambda: (run.folder / "busy").exists())
+    screen, terminal = os.openpty()
+    with subprocess.Popen([sys.executable, "-m", "llm_trainer", "stop", run.id], stdout=terminal, stderr=terminal,
+                          env={**os.environ, "NO_COLOR": "1", "PYTHONUTF8": "1"}) as stop:
+        os.close(terminal)
+        said = b""
+        while b"step 1" not in said: said += os.read(screen, 9999)
+        (run.folder / "seen").touch()
+        while not said.endswith(f"llm-trainer resume {run.id}\r\n".encode()): said += os.read(screen, 9999)
+    os.close(screen)
+    assert stop.returncode == 0 and process.wait() == 0
+    before, *lines, end = said.decode().split("\r\x1b[K")
+    assert before == "" and lines and not any("\n" in line for line in lines)
+    for line in lines: assert line.startswith("\x1b[?7l") and "step 1" in line and line.endswith("\x1b[?7h")
+    assert end.startswith(f"Run {run.id} is stopped at step 1.")
+
+
 def test_stop_now_waits_for_nothing(space):
     run, process = stand_in(space, "training")
     os.kill(process.pid, signal.SIGSTOP)  # it can't even hear us

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import typing
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -336,24 +336,31 @@ def stop(
     "Have a run save a checkpoint and end"
     from llm_trainer.runs import launch
     found = _run(run)
-    state = launch.stop(found, now, None if json else _waiting())
+    with _waiting() as show: state = launch.stop(found, now, None if json else show)
     if json: return print(render.as_json(state))
     step = f" at step {state.step:,}" if state.status != "unknown" else ""
     render.say(f"Run {found.id} is {state.status}{step}.",
              *([f"Go on with it: llm-trainer resume {found.id}"] if state.status != "completed" else []))
 
 
+@contextmanager
 def _waiting(every: float = 10.0):
-    "What says what a stopping run is at: one line that rewrites itself on a terminal, elsewhere one every ten seconds"
-    shown = time.monotonic()
+    "Shows what a stopping run is at: on a terminal in one line, which goes in the end, elsewhere one every ten seconds"
+    again, cut, whole = "\r\x1b[K", "\x1b[?7l", "\x1b[?7h"  # where a line would wrap, the terminal cuts it
+    shown, drawn = time.monotonic(), False
 
     def show(state):
-        nonlocal shown
-        if sys.stderr.isatty(): return print(f"\r\x1b[K{render.line(state)}", end="", file=sys.stderr, flush=True)
+        nonlocal shown, drawn
+        if sys.stderr.isatty():
+            drawn = True
+            return print(again, cut, render.line(state), whole, sep="", end="", file=sys.stderr, flush=True)
         if time.monotonic() - shown < every: return
         shown = time.monotonic()
         _tell(f"Waiting for {state.run_id} to save and end: {render.line(state)}")
-    return show
+
+    try: yield show
+    finally:
+        if drawn: print(again, end="", file=sys.stderr, flush=True)
 
 
 def delete(
