@@ -151,9 +151,9 @@ sys.exit(worker.work(run, workspace.find(run.folder), print_notes, events))
 """
 
 
-def stand_in(space, phase, rounds=10**9, **streams):
+def stand_in(space, phase, rounds=10**9, code=STAND_IN, **streams):
     run = create_run(space.runs, tiny().to_dict())
-    process = subprocess.Popen([sys.executable, "-c", STAND_IN, str(ROOT), str(run.folder), phase, str(rounds)],
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(run.folder), phase, str(rounds)],
                                preexec_fn=hears_signals, **streams)
     until(lambda: (run.folder / "busy").exists())
     return run, process
@@ -210,10 +210,7 @@ def test_stop_asked_twice_is_no_second_signal(space):
 
 def test_who_waits_for_a_stop_sees_one_line_that_fits_and_goes(space):
     code = STAND_IN.replace('while "stop" not in writer.requests()', 'while not Path(run.folder / "seen").exists()')
-    run = create_run(space.runs, tiny().to_dict())
-    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(run.folder), "training", "1"],
-                               preexec_fn=hears_signals)
-    until(lambda: (run.folder / "busy").exists())
+    run, process = stand_in(space, "training", 1, code)
     screen, terminal = os.openpty()
     with subprocess.Popen([sys.executable, "-m", "llm_trainer", "stop", run.id], stdout=terminal, stderr=terminal,
                           env={**os.environ, "NO_COLOR": "1", "PYTHONUTF8": "1"}) as stop:
